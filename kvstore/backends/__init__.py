@@ -1,0 +1,1 @@
+"""Backends that hold frames themselves: host memory, LMDB."""

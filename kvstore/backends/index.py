@@ -1,0 +1,208 @@
+"""What a tier holds and what it gives up first: pure state that touches neither memory nor disk.
+
+A backend asks the index which chunks must go (`make_room`), does so, and tells it what it holds now (`add`). Eviction
+is S3-FIFO (Yang et al., SOSP 2023), counted in bytes: new chunks enter a small queue of a tenth of the budget and move
+to the main queue only if they were read again, so one pass over cold data cannot flush the hot chunks. Keys that left
+the small queue are remembered in a ghost list and enter the main queue when they come back.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+from kvstore.backend import Copy, Held, Match, Miss, Reason
+from kvstore.errors import BackendFullError
+from kvstore.frame import Frame
+from kvstore.keys import NAMESPACE_BYTES, ChunkKey
+
+_SMALL_SHARE = 0.1
+_READS_MAX = 3
+_GHOSTS_MAX = 1 << 16
+
+_shared_copy = lru_cache(maxsize=4096)(Copy)
+
+
+def held_from(tier: str, frame: Frame) -> Held:
+    """What a tier holds once it has stored `frame`."""
+    header = frame.head.header
+    level_bytes = frame.head.level_bytes[: frame.levels]
+    inexact = header.behind is not None
+    return Held(frame.id, shared_copy(tier, len(frame.head.raw), level_bytes, header.levels, inexact))
+
+
+def shared_copy(tier: str, head_bytes: int, level_bytes: tuple[int, ...], levels: int, inexact: bool) -> Copy:
+    """A `Copy`; chunks of one shape get the same object, so runs of them are found by identity."""
+    return _shared_copy(tier, head_bytes, level_bytes, levels, inexact)
+
+
+class Index:
+    """Chunks of one tier under a budget of bytes.
+
+    Args:
+        tier: Name of the tier, for errors.
+        budget_bytes: Bytes that the chunks may take together.
+    """
+
+    def __init__(self, tier: str, budget_bytes: int) -> None:
+        self.tier = tier
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._held: dict[ChunkKey, Held] = {}
+        self._size_bytes: dict[ChunkKey, int] = {}
+        self._reads: dict[ChunkKey, int] = {}
+        self._small: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._main: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._small_bytes = 0
+        self._ghosts: OrderedDict[ChunkKey, Reason] = OrderedDict()
+        self._returning: set[ChunkKey] = set()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: ChunkKey) -> Held | None:
+        """What is held of a chunk."""
+        return self._held.get(key)
+
+    def match(self, keys: Sequence[ChunkKey]) -> Match:
+        """The longest leading run of `keys` that is held."""
+        try:
+            # All present is the common case, and then no Python code runs for each key.
+            return Match(list(map(self._held.__getitem__, keys)), None)
+        except KeyError:
+            held: list[Held] = []
+            for key in keys:
+                if (found := self._held.get(key)) is None:
+                    return Match(held, self.miss(key))
+                held.append(found)
+            raise AssertionError("a key was missing and then was not") from None
+
+    def miss(self, key: ChunkKey) -> Miss:
+        """Why a chunk is not held."""
+        return Miss(self._ghosts.get(key, Reason.ABSENT))
+
+    def read(self, key: ChunkKey) -> None:
+        """Note that a chunk was read."""
+        if (reads := self._reads.get(key)) is not None and reads < _READS_MAX:
+            self._reads[key] = reads + 1
+
+    def make_room(self, sizes_bytes: Mapping[ChunkKey, int]) -> list[tuple[ChunkKey, Held]]:
+        """Take the chunks out of the index that must go so that others can be added, or grow.
+
+        Args:
+            sizes_bytes: Bytes that each chunk about to be added will take; these are not taken out.
+
+        Returns:
+            The chunks that must go, with what was held of them.
+
+        Raises:
+            BackendFullError: They cannot fit even in an empty tier; nothing was taken out.
+        """
+        total_bytes = sum(sizes_bytes.values())
+        if total_bytes > self.budget_bytes:
+            raise BackendFullError(self.tier, f"{total_bytes} bytes do not fit into a budget of {self.budget_bytes}")
+        grown_bytes = total_bytes - sum(self._size_bytes.get(key, 0) for key in sizes_bytes)
+        return self.evict(self.used_bytes + grown_bytes - self.budget_bytes, keep=sizes_bytes)
+
+    def evict(self, size_bytes: int, *, keep: Collection[ChunkKey] = ()) -> list[tuple[ChunkKey, Held]]:
+        """Take chunks out of the index until at least `size_bytes` are freed or only those to keep are left."""
+        victims: list[tuple[ChunkKey, Held]] = []
+        goal_bytes = self.used_bytes - size_bytes
+        while self.used_bytes > goal_bytes and (victim := self._next_victim(keep)) is not None:
+            victims.append((victim, self._held[victim]))
+            self.drop(victim, Reason.EVICTED)
+        return victims
+
+    def add(self, key: ChunkKey, held: Held, size_bytes: int) -> None:
+        """Note that a chunk is held, or held with more or fewer levels than before."""
+        if key in self._held:
+            self._resize(key, size_bytes)
+        else:
+            self._enter(key, size_bytes)
+        self._held[key] = held
+
+    def drop(self, key: ChunkKey, reason: Reason) -> bool:
+        """Note that a chunk is gone, and why; False where it was not held."""
+        if self._held.pop(key, None) is None:
+            return False
+        size_bytes = self._size_bytes.pop(key)
+        del self._reads[key]
+        self.used_bytes -= size_bytes
+        if key in self._small:
+            del self._small[key]
+            self._small_bytes -= size_bytes
+            if reason is Reason.EVICTED:
+                self._returning.add(key)
+        else:
+            del self._main[key]
+        self._remember(key, reason)
+        return True
+
+    def scan(self, namespace: bytes | None) -> Iterator[tuple[ChunkKey, Held]]:
+        """A snapshot of what is held (in one namespace)."""
+        for key, held in list(self._held.items()):
+            if namespace is None or key[:NAMESPACE_BYTES] == namespace:
+                yield key, held
+
+    def validate(self) -> None:
+        """Check that the parts agree; tests call it after every step."""
+        assert self._held.keys() == self._size_bytes.keys() == self._reads.keys()
+        assert self._small.keys() | self._main.keys() == self._held.keys()
+        assert not self._small.keys() & self._main.keys()
+        assert self.used_bytes == sum(self._size_bytes.values()) <= self.budget_bytes
+        assert self._small_bytes == sum(self._size_bytes[key] for key in self._small)
+        assert not self._ghosts.keys() & self._held.keys()
+        assert self._returning <= self._ghosts.keys()
+        assert len(self._ghosts) <= _GHOSTS_MAX
+
+    def _enter(self, key: ChunkKey, size_bytes: int) -> None:
+        if key in self._returning:
+            self._main[key] = None
+        else:
+            self._small[key] = None
+            self._small_bytes += size_bytes
+        self._forget(key)
+        self._size_bytes[key] = size_bytes
+        self._reads[key] = 0
+        self.used_bytes += size_bytes
+
+    def _resize(self, key: ChunkKey, size_bytes: int) -> None:
+        grown_bytes = size_bytes - self._size_bytes[key]
+        self._size_bytes[key] = size_bytes
+        self.used_bytes += grown_bytes
+        if key in self._small:
+            self._small_bytes += grown_bytes
+
+    def _next_victim(self, keep: Collection[ChunkKey]) -> ChunkKey | None:
+        """The next chunk in S3-FIFO order; chunks that were read or must stay are moved on instead."""
+        for _ in range((_READS_MAX + 2) * len(self._held)):
+            from_small = self._small_bytes > _SMALL_SHARE * self.budget_bytes or not self._main
+            queue = self._small if from_small and self._small else self._main
+            key = next(iter(queue))
+            if key not in keep and self._reads[key] == 0:
+                return key
+            if queue is self._main:
+                self._reads[key] = max(0, self._reads[key] - 1)
+            else:
+                self._reads[key] = 0
+            self._promote(key)
+        return None
+
+    def _promote(self, key: ChunkKey) -> None:
+        """Move a chunk to the young end of the main queue."""
+        if key in self._small:
+            del self._small[key]
+            self._small_bytes -= self._size_bytes[key]
+        self._main[key] = None
+        self._main.move_to_end(key)
+
+    def _remember(self, key: ChunkKey, reason: Reason) -> None:
+        if reason is Reason.ABSENT:
+            self._forget(key)
+            return
+        self._ghosts[key] = reason
+        if len(self._ghosts) > _GHOSTS_MAX:
+            self._returning.discard(self._ghosts.popitem(last=False)[0])
+
+    def _forget(self, key: ChunkKey) -> None:
+        self._ghosts.pop(key, None)
+        self._returning.discard(key)

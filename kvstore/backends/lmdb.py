@@ -1,0 +1,203 @@
+"""Frames in an LMDB environment under a byte budget: one write transaction a batch, durable when it commits.
+
+The index lives in memory and on the event loop; `LmdbStore` does the reading and writing, in threads.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
+from kvstore.backends.index import Index, held_from, shared_copy
+from kvstore.backends.lmdb_store import LmdbStore, MapFullError, Wanted, size_on_disk_bytes
+from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
+from kvstore.frame import Frame
+from kvstore.keys import ChunkKey
+from kvstore.metrics import Metrics
+
+_READERS = 4
+_WRITE_TRIES = 8
+_PRESSURE_SHARE = 0.05
+
+T = TypeVar("T")
+
+
+class LmdbBackend:
+    """Frames on disk. Create it with `open`.
+
+    The file never grows beyond `1.25 * budget + 64 MiB`: the budget counts whole pages, the rest is room for pages
+    that LMDB cannot reuse yet.
+    """
+
+    def __init__(self, store: LmdbStore, index: Index, metrics: Metrics) -> None:
+        self.name = index.tier
+        self._store = store
+        self._index = index
+        self._metrics = metrics
+        self._writing = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lmdb-write")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvstore-lmdb-read")
+        self._closed = False
+        metrics.budget_bytes.labels(self.name).set(index.budget_bytes)
+        self._gauge()
+
+    @classmethod
+    async def open(
+        cls, directory: Path, budget_bytes: int, *, metrics: Metrics | None = None, name: str = "lmdb"
+    ) -> "LmdbBackend":
+        """Open or create the environment and load its index.
+
+        Raises:
+            ConfigError: The directory cannot be used, is in use, or has another format.
+        """
+        index = Index(name, budget_bytes)
+        store = await asyncio.to_thread(LmdbStore, directory, budget_bytes, name)
+        backend = cls(store, index, metrics or Metrics())
+        for key, held in await backend._run(backend._writer, store.load):
+            index.add(key, held, size_on_disk_bytes(held.copy))
+        # The budget may be smaller than it was when these chunks were written.
+        excess = [key for key, _ in index.evict(index.used_bytes - budget_bytes)]
+        await backend._run(backend._writer, lambda: store.write([], excess))
+        backend._gauge()
+        return backend
+
+    async def match(self, keys: Sequence[ChunkKey]) -> Match:
+        return self._index.match(keys)
+
+    async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+        wanted = [Wanted(key, held, _levels(held, level)) for key in keys if (held := self._index.get(key))]
+        read = await self._run(self._readers, lambda: self._store.read(wanted)) if wanted else []
+        found = {want.key: (want, frame) for want, frame in zip(wanted, read, strict=True)}
+        return [await self._judge(*found[key], level) if key in found else self._index.miss(key) for key in keys]
+
+    async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.DISK) -> list[Stored]:
+        async with self._writing:
+            stored: list[Stored] = []
+            for batch in self._batches(items):
+                stored += await self._put_batch(batch)
+        self._gauge()
+        return stored
+
+    async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
+        async with self._writing:
+            held = {key: self._index.get(key) for key in keys}
+            shorter = {
+                key: _shortened(found, level)
+                for key, found in held.items()
+                if found is not None and len(found.copy.level_bytes) > level + 1
+            }
+            await self._run(self._writer, lambda: self._store.trim(shorter))
+            for key, found in shorter.items():
+                self._index.add(key, found, size_on_disk_bytes(found.copy))
+        self._gauge()
+
+    async def delete(self, keys: Sequence[ChunkKey]) -> None:
+        async with self._writing:
+            gone = [key for key in keys if self._index.drop(key, Reason.ABSENT)]
+            await self._run(self._writer, lambda: self._store.write([], gone))
+        self._gauge()
+
+    async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
+        for key, held in self._index.scan(namespace):
+            yield key, held
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        async with self._writing:
+            await asyncio.to_thread(self._readers.shutdown)
+            await asyncio.to_thread(self._writer.shutdown)
+            self._store.close()
+
+    async def _judge(self, want: Wanted, frame: Frame | None, level: int | None) -> Frame | Miss:
+        """A frame that was read, or the miss that it amounts to."""
+        if frame is not None:
+            self._index.read(want.key)
+            return frame
+        if self._index.get(want.key) is not want.held:
+            # Trimmed, replaced or evicted while it was read.
+            return (await self.get([want.key], level=level))[0]
+        async with self._writing:
+            if self._index.drop(want.key, Reason.CORRUPT):
+                self._metrics.corrupt.labels(self.name).inc()
+                await self._run(self._writer, lambda: self._store.quarantine(want.key))
+        self._gauge()
+        return Miss(Reason.CORRUPT)
+
+    def _batches(self, items: Sequence[tuple[ChunkKey, Frame]]) -> Iterator[dict[ChunkKey, Frame]]:
+        """Cut a put into transactions: no key twice, and room for each beside what stays."""
+        batch: dict[ChunkKey, Frame] = {}
+        batch_bytes = 0
+        for key, frame in items:
+            if key in batch or batch_bytes + frame.size_bytes > self._index.budget_bytes // 4:
+                yield batch
+                batch, batch_bytes = {}, 0
+            batch[key] = frame
+            batch_bytes += frame.size_bytes
+        yield batch
+
+    async def _put_batch(self, batch: dict[ChunkKey, Frame]) -> list[Stored]:
+        outcomes = {key: put_outcome(self._index.get(key), frame) for key, frame in batch.items()}
+        fresh = {key: frame for key, frame in batch.items() if outcomes[key] in (Outcome.WRITTEN, Outcome.EXTENDED)}
+        error = await self._write(fresh) if fresh else None
+        return [
+            Stored(Outcome.FAILED, None, error) if error and key in fresh else Stored(outcomes[key], Ack.DISK)
+            for key in batch
+        ]
+
+    async def _write(self, fresh: dict[ChunkKey, Frame]) -> BackendError | None:
+        """Write frames in one transaction, giving up more chunks while the map is full."""
+        held = {key: held_from(self.name, frame) for key, frame in fresh.items()}
+        sizes_bytes = {key: size_on_disk_bytes(found.copy) for key, found in held.items()}
+        try:
+            error = await self._try_write(fresh, self._index.make_room(sizes_bytes))
+        except BackendFullError as exc:
+            return exc
+        for _ in range(_WRITE_TRIES):
+            if not isinstance(error, MapFullError):
+                break
+            # Fragmented, or pages that are not free before another transaction: give up more in one of its own.
+            pressure_bytes = max(sum(sizes_bytes.values()), int(_PRESSURE_SHARE * self._index.budget_bytes))
+            await self._try_write({}, self._index.evict(pressure_bytes, keep=fresh))
+            error = await self._try_write(fresh, [])
+        if error is None:
+            for key, found in held.items():
+                self._index.add(key, found, sizes_bytes[key])
+        return error
+
+    async def _try_write(
+        self, fresh: dict[ChunkKey, Frame], victims: list[tuple[ChunkKey, Held]]
+    ) -> BackendError | None:
+        try:
+            await self._run(self._writer, lambda: self._store.write(list(fresh.items()), [key for key, _ in victims]))
+        except BackendError as exc:
+            # The transaction was undone, so the victims are still there.
+            for key, found in victims:
+                self._index.add(key, found, size_on_disk_bytes(found.copy))
+            return exc
+        self._metrics.evictions.labels(self.name).inc(len(victims))
+        return None
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, work)
+        except RuntimeError as exc:
+            raise BackendUnavailableError(self.name, "is closed") from exc
+
+    def _gauge(self) -> None:
+        self._metrics.chunks.labels(self.name).set(len(self._index))
+        self._metrics.used_bytes.labels(self.name).set(self._index.used_bytes)
+
+
+def _levels(held: Held, level: int | None) -> int:
+    """Number of levels to read of a chunk."""
+    levels = len(held.copy.level_bytes)
+    return levels if level is None else min(levels, level + 1)
+
+
+def _shortened(held: Held, level: int) -> Held:
+    tier, head_bytes, level_bytes, levels, inexact = held.copy
+    return Held(held.frame_id, shared_copy(tier, head_bytes, level_bytes[: level + 1], levels, inexact))

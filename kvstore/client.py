@@ -1,0 +1,305 @@
+"""The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
+
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from aiohttp import hdrs
+
+from kvstore import errors
+from kvstore.backend import Ack, Copy, Held, Match, Miss, Outcome, Reason, Stored
+from kvstore.errors import (
+    AuthError,
+    BackendError,
+    BackendFullError,
+    BackendUnavailableError,
+    ConfigError,
+    FrameError,
+    FrameVersionError,
+    KVStoreError,
+)
+from kvstore.frame import Frame
+from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, chunk_key
+from kvstore.wire import (
+    BATCH_TYPE,
+    DIGESTS_TYPE,
+    READ_BYTES,
+    BodyReader,
+    ViewsPayload,
+    batch_views,
+    read_batch,
+)
+
+GET_KEYS_MAX = 256
+MATCH_KEYS_MAX = 1 << 16
+PUT_BYTES = 64 << 20
+_ANSWER_BYTES_MAX = 16 << 20
+
+
+class Client:
+    """Talks to one server over a pool of connections that stay open.
+
+    Use it as an asynchronous context manager, or call `aclose`. A call that finds no server, or none that answers in
+    time, raises `BackendUnavailableError`.
+
+    Args:
+        url: Such as `http://127.0.0.1:8420`.
+        token: Bearer token, where the server asks for one.
+        timeout_s: Time that one request may take.
+        connections: Most connections that are open at one time.
+        batch_bytes_max: Largest batch that is accepted from the server; caps what its lengths can allocate.
+
+    Raises:
+        ConfigError: The URL is not an HTTP one.
+    """
+
+    name = "remote"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        connections: int = 16,
+        batch_bytes_max: int = 2 << 30,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{url!r} is not a server's URL: it must start with http:// or https://")
+        self.url = url.rstrip("/")
+        self._headers = {hdrs.AUTHORIZATION: f"Bearer {token}"} if token else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._connections = connections
+        self._batch_bytes_max = batch_bytes_max
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def match(self, keys: Sequence[ChunkKey]) -> Match:
+        held: list[Held] = []
+        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
+            answer = await self._call("/v1/match", {"namespace": namespace}, digests)
+            held += _parse_runs(answer["runs"])
+            if answer["miss"] is not None:
+                return Match(held, Miss(_reason(answer["miss"])))
+        return Match(held, None)
+
+    async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+        found: list[Frame | Miss] = []
+        while len(found) < len(keys):
+            rest = keys[len(found) :]
+            namespace, digests = next(_by_namespace(rest, GET_KEYS_MAX))
+            asked = rest[: len(digests) // DIGEST_BYTES]
+            query = {"namespace": namespace} | ({} if level is None else {"level": str(level)})
+            found += await self._get_some(query, digests, asked)
+        return found
+
+    async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
+        stored: list[Stored] = []
+        for frames in _bodies(items):
+            payload = ViewsPayload(list(batch_views(frames)), BATCH_TYPE)
+            answer = await self._json("/v1/put", {"ack": ack.name.lower()}, payload)
+            stored += [_parse_stored(self.name, result) for result in answer["stored"]]
+        return stored
+
+    async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
+        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
+            await self._call("/v1/trim", {"namespace": namespace, "level": str(level)}, digests)
+
+    async def delete(self, keys: Sequence[ChunkKey]) -> None:
+        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
+            await self._call("/v1/delete", {"namespace": namespace}, digests)
+
+    async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
+        if namespace is None:
+            raise BackendError(self.name, "a server lists one namespace at a time: name it")
+        query = {"namespace": namespace.hex()}
+        while True:
+            async with self._request("GET", "/v1/scan", query, None) as response:
+                page = (await _read_json(response))["chunks"]
+            for chunk in page:
+                yield chunk_key(namespace, bytes.fromhex(chunk["digest"])), _parse_held(chunk)
+            if not page:
+                return
+            query["after"] = page[-1]["digest"]
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _call(self, path: str, query: Mapping[str, str], digests: bytes) -> dict[str, Any]:
+        return await self._json(path, query, aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE))
+
+    async def _json(self, path: str, query: Mapping[str, str], body: aiohttp.Payload) -> dict[str, Any]:
+        async with self._request("POST", path, query, body) as response:
+            return {} if response.status == 204 else await _read_json(response)
+
+    async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
+        """Verified answers for the first of `keys`, at least one."""
+        found: list[Frame | Miss] = []
+        payload = aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE)
+        async with self._request("POST", "/v1/get", query, payload) as response:
+            body = BodyReader(response.content, self._batch_bytes_max, response.content_length)
+            try:
+                async for record in read_batch(body):
+                    found.append(_verified(keys[len(found)], record))
+            except (FrameError, IndexError) as exc:
+                # Where one record ends and the next begins is not known any more, so the rest is lost with it.
+                response.close()
+                version = isinstance(exc, FrameVersionError)
+                return found + [Miss(Reason.IDENTITY if version else Reason.CORRUPT)] * (len(keys) - len(found))
+        if not found:
+            raise BackendError(self.name, "the server answered a batch without records")
+        return found
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, query: Mapping[str, str], body: aiohttp.Payload | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A successful response; everything else is one of our errors."""
+        try:
+            async with self._open_session().request(
+                method, self.url + path, params=query, data=body, allow_redirects=False
+            ) as response:
+                if response.status >= 300:
+                    raise await _error_of(self.name, response)
+                yield response
+        except TimeoutError as exc:
+            raise BackendUnavailableError(self.name, f"{self.url} did not answer in {self._timeout.total} s") from exc
+        except (aiohttp.ClientError, errors.BodyLengthError, OSError) as exc:
+            raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections),
+                headers=self._headers,
+                timeout=self._timeout,
+                read_bufsize=READ_BYTES,
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return self._session
+
+
+def error_classes() -> dict[str, type[KVStoreError]]:
+    """Every error class by its stable code."""
+    found: dict[str, type[KVStoreError]] = {}
+    pending: list[type[KVStoreError]] = [KVStoreError]
+    while pending:
+        error_class = pending.pop()
+        found[error_class.code] = error_class
+        pending += error_class.__subclasses__()
+    return found
+
+
+def error_from(backend: str, code: str, detail: str, retry_after_s: float = 1.0) -> KVStoreError:
+    """The error that a problem's code stands for; an unknown code is a `BackendError`."""
+    error_class = error_classes().get(code, BackendError)
+    if issubclass(error_class, BackendUnavailableError):
+        return BackendUnavailableError(backend, detail, retry_after_s)
+    if issubclass(error_class, BackendFullError):
+        return BackendFullError(backend, detail)
+    if issubclass(error_class, BackendError) or error_class is KVStoreError:
+        return BackendError(backend, detail)
+    return error_class(detail)
+
+
+def _verified(key: ChunkKey, record: Frame | Miss) -> Frame | Miss:
+    if isinstance(record, Frame):
+        try:
+            record.verify(key)
+        except FrameError:
+            return Miss(Reason.CORRUPT)
+    return record
+
+
+def _by_namespace(keys: Sequence[ChunkKey], keys_max: int) -> Iterator[tuple[str, bytes]]:
+    """Runs of keys of one namespace, in order: the namespace in hexadecimal, and the digests joined."""
+    for namespace, run in groupby(keys, key=lambda key: key[:NAMESPACE_BYTES]):
+        digests = b"".join([key[NAMESPACE_BYTES:] for key in run])
+        for start in range(0, len(digests), keys_max * DIGEST_BYTES):
+            yield namespace.hex(), digests[start : start + keys_max * DIGEST_BYTES]
+
+
+def _bodies(items: Iterable[tuple[ChunkKey, Frame]]) -> Iterator[list[Frame]]:
+    """Frames of a put, cut into request bodies."""
+    frames: list[Frame] = []
+    for key, frame in items:
+        assert key == frame.key, "a client puts a frame under the key that its header names"
+        if frames and sum(other.size_bytes for other in frames) + frame.size_bytes > PUT_BYTES:
+            yield frames
+            frames = []
+        frames.append(frame)
+    if frames:
+        yield frames
+
+
+async def _read_json(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    body = BodyReader(response.content, _ANSWER_BYTES_MAX, response.content_length)
+    answer = json.loads(b"".join([bytes(part) async for part in body.parts()]))
+    if not isinstance(answer, dict):
+        raise TypeError("the server's answer is not a JSON object")
+    return answer
+
+
+async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreError:
+    try:
+        answer = await _read_json(response)
+        code, detail = str(answer["code"]), str(answer["detail"])
+    except (ValueError, KeyError, TypeError):
+        return BackendError(backend, f"{response.url} answered {response.status} {response.reason}")
+    if response.status == 401:
+        return AuthError(detail)
+    retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
+    return error_from(backend, code, detail, float(retry_after) if retry_after.isdigit() else 1.0)
+
+
+def _parse_runs(runs: Sequence[Mapping[str, Any]]) -> list[Held]:
+    held: list[Held] = []
+    for run in runs:
+        held += [Held(None, _parse_copy(run))] * int(run["count"])
+    return held
+
+
+def _parse_held(chunk: Mapping[str, Any]) -> Held:
+    frame_id = chunk["frame_id"]
+    return Held(None if frame_id is None else bytes.fromhex(frame_id), _parse_copy(chunk))
+
+
+def _parse_copy(fields: Mapping[str, Any]) -> Copy:
+    return Copy(
+        str(fields["tier"]),
+        int(fields["head_bytes"]),
+        tuple(int(size) for size in fields["level_bytes"]),
+        int(fields["levels"]),
+        bool(fields["inexact"]),
+    )
+
+
+def _reason(text: str) -> Reason:
+    try:
+        return Reason(text)
+    except ValueError:
+        # A newer server may know reasons that this client does not.
+        return Reason.ABSENT
+
+
+def _parse_stored(backend: str, fields: Mapping[str, Any]) -> Stored:
+    ack = None if fields["ack"] is None else Ack[str(fields["ack"]).upper()]
+    error = None
+    if fields["code"] is not None:
+        found = error_from(backend, str(fields["code"]), str(fields["detail"]))
+        error = found if isinstance(found, BackendError) else BackendError(backend, str(found))
+    return Stored(Outcome(fields["outcome"]), ack, error)

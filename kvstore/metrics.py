@@ -1,0 +1,47 @@
+"""Counters and gauges of one server, in a registry of its own so that two servers never share figures.
+
+Labels are bounded: they name routes, tiers, reasons and outcomes, never keys, tenants or addresses.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Everything that kvstore counts; `/metrics` shows it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.requests = self._counter("kvstore_requests", "Requests answered.", ("route", "status"))
+        self.request_seconds = Histogram(
+            "kvstore_request_seconds",
+            "Time from the request's header to the last byte of the answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.received_bytes = self._counter("kvstore_received_bytes", "Bytes of frames and blobs received.")
+        self.sent_bytes = self._counter("kvstore_sent_bytes", "Bytes of frames and blobs sent.")
+        self.hits = self._counter("kvstore_hits", "Chunks served, by tier.", ("tier",))
+        self.misses = self._counter("kvstore_misses", "Chunks not served, by reason.", ("reason",))
+        self.puts = self._counter("kvstore_puts", "Chunks put, by outcome.", ("outcome",))
+        self.evictions = self._counter("kvstore_evictions", "Chunks evicted for room.", ("tier",))
+        self.corrupt = self._counter("kvstore_corrupt", "Damaged frames found and taken away.", ("tier",))
+        self.write_failures = self._counter(
+            "kvstore_write_behind_failures", "Chunks that a write-behind queue could not store.", ("tier",)
+        )
+        self.chunks = self._gauge("kvstore_tier_chunks", "Chunks held.", ("tier",))
+        self.used_bytes = self._gauge("kvstore_tier_bytes", "Bytes held.", ("tier",))
+        self.budget_bytes = self._gauge("kvstore_tier_budget_bytes", "Bytes that may be held.", ("tier",))
+        self.queued_bytes = self._gauge("kvstore_write_behind_bytes", "Bytes waiting to be written.", ("tier",))
+
+    def render(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)

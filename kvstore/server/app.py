@@ -1,0 +1,66 @@
+"""The application: routes, middlewares and the life of the backend that it exposes."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from kvstore.backend import Backend
+from kvstore.config import ServerConfig
+from kvstore.metrics import Metrics
+from kvstore.server.auth import Tenants
+from kvstore.server.batch import BatchRoutes
+from kvstore.server.chunk import ChunkRoutes
+from kvstore.server.problems import Handler, problems
+from kvstore.server.receive import Receiver
+from kvstore.server.status import StatusRoutes
+
+
+def create_app(
+    open_backend: Callable[[], Awaitable[Backend]], config: ServerConfig, metrics: Metrics
+) -> web.Application:
+    """Application around the backend that `open_backend` opens at start; it is closed at shutdown.
+
+    Args:
+        open_backend: Called once when the application starts.
+        config: Limits, tokens and addresses.
+        metrics: What `/metrics` shows.
+    """
+    app = web.Application(middlewares=[_measure(metrics), problems], client_max_size=config.body_bytes_max)
+    tenants = Tenants(config)
+    receiver = Receiver(config, metrics)
+    status = StatusRoutes(metrics)
+    chunk = ChunkRoutes(tenants, receiver, metrics)
+    batch = BatchRoutes(tenants, receiver, metrics)
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        backend = await open_backend()
+        chunk.backend = batch.backend = backend
+        status.ready = True
+        yield
+        await backend.aclose()
+
+    async def drain(_: web.Application) -> None:
+        status.ready = False
+
+    app.cleanup_ctx.append(life)
+    app.on_shutdown.append(drain)
+    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes()])
+    return app
+
+
+def _measure(metrics: Metrics) -> Middleware:
+    """Middleware that counts requests by route, never by path."""
+
+    @web.middleware
+    async def measure(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started_s = time.perf_counter()
+        response = await handler(request)
+        resource = request.match_info.route.resource
+        route = "unknown" if resource is None else resource.canonical
+        metrics.requests.labels(route, str(response.status)).inc()
+        metrics.request_seconds.labels(route).observe(time.perf_counter() - started_s)
+        return response
+
+    return measure

@@ -1,0 +1,98 @@
+"""Errors as RFC 9457 problem+json: one table from error class to status, applied by one middleware."""
+
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from kvstore.backend import Reason
+from kvstore.errors import (
+    AuthError,
+    BackendError,
+    BackendFullError,
+    BackendUnavailableError,
+    BodySizeError,
+    FrameError,
+    KVStoreError,
+    MediaTypeError,
+    RangeError,
+    RequestError,
+)
+
+STATUS: Mapping[type[KVStoreError], int] = {
+    RequestError: 400,
+    AuthError: 401,
+    BodySizeError: 413,
+    MediaTypeError: 415,
+    RangeError: 416,
+    FrameError: 400,
+    BackendUnavailableError: 503,
+    BackendFullError: 507,
+    BackendError: 500,
+    KVStoreError: 500,
+}
+"""Status of every error; a class that is not listed has the status of its nearest base."""
+
+PROBLEM_TYPE = "application/problem+json"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger(__name__)
+
+
+def status_of(error: KVStoreError) -> int:
+    """Status by which an error is answered."""
+    return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
+
+
+def problem(
+    status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: str
+) -> web.Response:
+    """A problem+json answer."""
+    body = {"type": "about:blank", "title": code, "status": status, "code": code, "detail": detail, **extra}
+    return web.Response(status=status, text=json.dumps(body), content_type=PROBLEM_TYPE, headers=dict(headers or {}))
+
+
+def miss_problem(reason: Reason) -> web.Response:
+    """The answer for a chunk that is not served."""
+    return problem(404, "miss", f"no such chunk: {reason.value}", reason=reason.value)
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into problem+json."""
+    try:
+        return await handler(request)
+    except KVStoreError as exc:
+        return _answer(request, exc)
+    except web.HTTPException as exc:
+        return problem(exc.status, exc.reason.lower().replace(" ", "-"), exc.text or exc.reason, headers=_kept(exc))
+    except (HttpProcessingError, web.RequestPayloadError) as exc:
+        return _closing(problem(400, "body-length", f"the body could not be read: {exc}"))
+    except TimeoutError:
+        return _closing(problem(408, "body-timeout", "the body did not arrive in time"))
+
+
+def _answer(request: web.Request, error: KVStoreError) -> web.Response:
+    status = status_of(error)
+    headers = {}
+    if isinstance(error, BackendUnavailableError):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, AuthError):
+        headers["WWW-Authenticate"] = 'Bearer realm="kvstore"'
+    if status >= 500:
+        log.warning("%s %s: %s", request.method, request.path, error)
+    response = problem(status, error.code, str(error), headers=headers)
+    return response if request.content.at_eof() else _closing(response)
+
+
+def _closing(response: web.Response) -> web.Response:
+    """Close the connection after the answer: the rest of the body is not worth reading."""
+    response.force_close()
+    return response
+
+
+def _kept(exc: web.HTTPException) -> dict[str, str]:
+    return {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}

@@ -1,0 +1,77 @@
+"""Running a server: open the tiers, listen, and on a signal finish what is under way and flush."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from kvstore.backend import Backend
+from kvstore.config import ServerConfig
+from kvstore.errors import ConfigError
+from kvstore.metrics import Metrics
+from kvstore.server.app import create_app
+from kvstore.tiers import open_tiers
+from kvstore.wire import READ_BYTES
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def running_server(
+    config: ServerConfig, open_backend: Callable[[Metrics], Awaitable[Backend]] | None = None
+) -> AsyncIterator[str]:
+    """A server that answers at the URL this yields, until the block is left.
+
+    Args:
+        config: Its settings.
+        open_backend: Opens what it exposes; the tiers of the configuration by default.
+
+    Raises:
+        ConfigError: The address or the data directory cannot be used.
+    """
+    metrics = Metrics()
+
+    async def opened() -> Backend:
+        return await (open_backend(metrics) if open_backend else open_tiers(config, metrics))
+
+    runner = web.AppRunner(
+        create_app(opened, config, metrics),
+        access_log=None,
+        shutdown_timeout=config.shutdown_timeout_s,
+        read_bufsize=READ_BYTES,
+    )
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, config.host, config.port)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}") from exc
+        yield _url(runner)
+    finally:
+        await runner.cleanup()
+
+
+async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then finish running requests and flush.
+
+    Args:
+        config: Settings.
+        announce: Called with the URL once requests are answered.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_server(config) as url:
+        announce(url)
+        await stop.wait()
+        log.info("stopping: finishing running requests and flushing")
+
+
+def _url(runner: web.AppRunner) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,204 @@
+"""A backend in front of a slow one: puts that need not wait are queued in memory and written in batches.
+
+The queue is bounded; when it is full a put is refused with `BackendUnavailableError`, so memory never grows without
+limit. What is queued is visible like everything else, and `aclose` writes it out.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+from kvstore.backend import Ack, Backend, Copy, Held, Match, Miss, Outcome, Stored, put_outcome
+from kvstore.errors import BackendError, BackendUnavailableError
+from kvstore.frame import Frame
+from kvstore.keys import NAMESPACE_BYTES, ChunkKey
+from kvstore.metrics import Metrics
+
+_BATCH_BYTES = 64 << 20
+
+log = logging.getLogger(__name__)
+
+
+class WriteBehind:
+    """Wraps a backend whose puts are durable but slow.
+
+    Args:
+        inner: The backend that is written to; this wrapper owns and closes it.
+        inner_ack: Durability of a put that `inner` has answered.
+        queue_bytes_max: Bytes that may wait.
+        metrics: Where to count; its own by default.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        *,
+        inner_ack: Ack = Ack.DISK,
+        queue_bytes_max: int = 512 << 20,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._inner_ack = inner_ack
+        self._queue_bytes_max = queue_bytes_max
+        self._metrics = metrics or Metrics()
+        self._queued: dict[ChunkKey, Frame] = {}
+        self._queued_bytes = 0
+        self._wake = asyncio.Event()
+        self._inner_busy = asyncio.Lock()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def match(self, keys: Sequence[ChunkKey]) -> Match:
+        match = await self._inner.match(keys)
+        if not self._queued:
+            return match
+        held = list(match.held)
+        # Queued chunks may fill the gap at which the inner run ends, and another inner run may follow.
+        while match.miss is not None and (frame := self._queued.get(keys[len(held)])) is not None:
+            held.append(self._held(frame))
+            match = await self._inner.match(keys[len(held) :])
+            held += match.held
+        return Match(held, match.miss)
+
+    async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+        queued = {key: frame.truncated(level) for key in keys if (frame := self._queued.get(key))}
+        rest = [key for key in keys if key not in queued]
+        found: dict[ChunkKey, Frame | Miss] = dict(queued)
+        if rest:
+            found |= zip(rest, await self._inner.get(rest, level=level), strict=True)
+        return [found[key] for key in keys]
+
+    async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
+        if self._closing:
+            raise BackendUnavailableError(self.name, "is closing")
+        if ack >= self._inner_ack:
+            return await self._put_through(items, ack)
+        held = [await self._find(key) for key, _ in items]
+        fresh = [
+            (key, frame)
+            for (key, frame), found in zip(items, held, strict=True)
+            if put_outcome(found, frame) in (Outcome.WRITTEN, Outcome.EXTENDED)
+        ]
+        self._reserve(sum(frame.size_bytes for _, frame in fresh))
+        for key, frame in fresh:
+            self._enqueue(key, frame)
+        return [self._answer(key, frame, found) for (key, frame), found in zip(items, held, strict=True)]
+
+    async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
+        for key in keys:
+            if (frame := self._queued.get(key)) is not None:
+                self._enqueue(key, frame.truncated(level))
+        async with self._inner_busy:
+            await self._inner.trim(keys, level=level)
+
+    async def delete(self, keys: Sequence[ChunkKey]) -> None:
+        for key in keys:
+            self._dequeue(key)
+        # A batch that is being written may hold these keys: wait for it, then delete.
+        async with self._inner_busy:
+            await self._inner.delete(keys)
+
+    async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
+        queued = dict(self._queued)
+        for key, frame in queued.items():
+            if namespace is None or key[:NAMESPACE_BYTES] == namespace:
+                yield key, self._held(frame)
+        async for key, held in self._inner.scan(namespace):
+            if key not in queued:
+                yield key, held
+
+    async def flush(self) -> None:
+        """Write out everything that is queued now."""
+        while self._queued:
+            await self._write_batch()
+
+    async def aclose(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        if self._task is not None:
+            self._wake.set()
+            await self._task
+        await self.flush()
+        await self._inner.aclose()
+
+    async def _put_through(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
+        async with self._inner_busy:
+            stored = await self._inner.put(items, ack=ack)
+        for (key, frame), result in zip(items, stored, strict=True):
+            if result.outcome is not Outcome.FAILED and self._queued.get(key) is frame:
+                self._dequeue(key)
+        return stored
+
+    async def _find(self, key: ChunkKey) -> Held | None:
+        if (frame := self._queued.get(key)) is not None:
+            return self._held(frame)
+        match = await self._inner.match([key])
+        return match.held[0] if match.held else None
+
+    def _answer(self, key: ChunkKey, frame: Frame, found: Held | None) -> Stored:
+        outcome = put_outcome(found, frame)
+        durable = outcome in (Outcome.EXISTS, Outcome.OTHER) and key not in self._queued
+        return Stored(outcome, self._inner_ack if durable else Ack.MEMORY)
+
+    def _held(self, frame: Frame) -> Held:
+        header = frame.head.header
+        sizes = frame.head.level_bytes[: frame.levels]
+        return Held(frame.id, Copy(self.name, len(frame.head.raw), sizes, header.levels, header.behind is not None))
+
+    def _reserve(self, size_bytes: int) -> None:
+        # A single put larger than the queue passes when the queue is empty, or it could never be stored.
+        if self._queued and self._queued_bytes + size_bytes > self._queue_bytes_max:
+            raise BackendUnavailableError(
+                self.name, f"{self._queued_bytes} bytes wait to be written; try again", retry_after_s=1.0
+            )
+
+    def _enqueue(self, key: ChunkKey, frame: Frame) -> None:
+        self._dequeue(key)
+        self._queued[key] = frame
+        self._queued_bytes += frame.size_bytes
+        self._gauge()
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name=f"kvstore-write-behind-{self.name}")
+        self._wake.set()
+
+    def _dequeue(self, key: ChunkKey) -> None:
+        if (frame := self._queued.pop(key, None)) is not None:
+            self._queued_bytes -= frame.size_bytes
+            self._gauge()
+
+    async def _work(self) -> None:
+        while not self._closing:
+            await self._wake.wait()
+            self._wake.clear()
+            await self.flush()
+
+    async def _write_batch(self) -> None:
+        """Write the oldest queued frames, one transaction's worth; they leave the queue once they are stored."""
+        async with self._inner_busy:
+            batch = self._oldest()
+            try:
+                stored = await self._inner.put(batch, ack=self._inner_ack) if batch else []
+                failed = [result.error for result in stored if result.outcome is Outcome.FAILED]
+            except BackendError as exc:
+                failed = [exc] * len(batch)
+            for key, frame in batch:
+                if self._queued.get(key) is frame:
+                    self._dequeue(key)
+        if failed:
+            self._metrics.write_failures.labels(self.name).inc(len(failed))
+            log.warning("%d of %d chunks were not written to %s: %s", len(failed), len(batch), self.name, failed[0])
+
+    def _oldest(self) -> list[tuple[ChunkKey, Frame]]:
+        batch: list[tuple[ChunkKey, Frame]] = []
+        batch_bytes = 0
+        for key, frame in self._queued.items():
+            if batch and batch_bytes + frame.size_bytes > _BATCH_BYTES:
+                break
+            batch.append((key, frame))
+            batch_bytes += frame.size_bytes
+        return batch
+
+    def _gauge(self) -> None:
+        self._metrics.queued_bytes.labels(self.name).set(self._queued_bytes)
