@@ -94,7 +94,7 @@ def _demo(args: argparse.Namespace) -> int:
         from kvstore.demo import run_demo
     except ImportError as exc:
         raise ConfigError(f"the demo needs torch and transformers: pip install 'kvstore[demo]' ({exc})") from exc
-    return run_demo(
+    status: int = run_demo(
         model=args.model,
         text=args.text,
         prompt_tokens=args.tokens,
@@ -102,6 +102,7 @@ def _demo(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         as_json=args.json,
     )
+    return status
 
 
 def _size(text: str) -> int:

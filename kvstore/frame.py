@@ -19,7 +19,7 @@ from typing import NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from kvstore.errors import FrameCorruptError, FrameVersionError, LayoutMismatchError
-from kvstore.header import GROUPS_MAX, HEADER_BYTES_MAX, Header, dump_header, load_header
+from kvstore.header import HEADER_BYTES_MAX, Header, blob_header, dump_header, load_header
 from kvstore.keys import ChunkKey
 
 MAGIC = b"\x89KVF\r\n\x1a\n"
@@ -29,6 +29,7 @@ ALIGNMENT = 16
 HEAD_ALIGNMENT = 64
 """The payload starts at a multiple of this many bytes."""
 SEGMENTS_MAX = 1 << 14
+PAYLOAD_BYTES_MAX = 1 << 40
 HEAD_BYTES_MAX = 40 + HEADER_BYTES_MAX + 24 * SEGMENTS_MAX
 
 _PREFIX = struct.Struct("<8sHHIIIQQ")
@@ -152,8 +153,8 @@ class Frame:
         if not self.payload or tuple(len(view) for view in self.payload) != expected_bytes:
             raise FrameCorruptError("the payload does not have the length of its levels")
         seed = key_seed(self.key)
-        for (_, _, checksum), padded in zip(self.head.segments, self._padded_segments(), strict=False):
-            if xxh3_64_intdigest(padded, seed) != checksum:
+        for (_, length, checksum), padded in zip(self.head.segments, self._padded_segments(), strict=False):
+            if xxh3_64_intdigest(padded, seed) != checksum or any(padded[length:]):
                 raise FrameCorruptError("a segment does not match its checksum")
 
     def _padded_segments(self) -> Iterator[memoryview]:
@@ -262,8 +263,8 @@ def parse_head(raw: bytes) -> Head:
     _, _, zero_a, header_bytes, count, zero_b, payload_bytes, checksum = _PREFIX.unpack_from(raw)
     if _head_checksum(raw) != checksum:
         raise FrameCorruptError("header and segment table do not match their checksum")
-    if zero_a or zero_b:
-        raise FrameCorruptError("reserved bytes of the prefix are not zero")
+    if zero_a or zero_b or payload_bytes > PAYLOAD_BYTES_MAX:
+        raise FrameCorruptError("reserved bytes of the prefix are not zero, or the payload is too long")
     header = load_header(raw[PREFIX_BYTES : PREFIX_BYTES + header_bytes])
     table = raw[PREFIX_BYTES + header_bytes :]
     segments = tuple(Segment(*row) for row in _SEGMENT.iter_unpack(table))
@@ -291,11 +292,6 @@ def parse_frame(data: Buffer) -> Frame:
         payload.append(view[start : start + size_bytes])
         start += size_bytes
     return Frame(head, tuple(payload))
-
-
-def blob_header(key: ChunkKey) -> Header:
-    """Header of an opaque blob: one plane of bytes, stored as it is."""
-    return Header(key, 0, 0, (1,), (("blob",),), ({"stage": "blob"},))
 
 
 def blob_frame(key: ChunkKey, buffer: memoryview, length: int) -> Frame:
@@ -328,7 +324,7 @@ def _join_padded(parts: Sequence[Buffer]) -> memoryview:
 
 
 def _make_head(header: Header, segments: tuple[Segment, ...], payload_bytes: int) -> Head:
-    if len(segments) > SEGMENTS_MAX or len(header.groups) > GROUPS_MAX:
+    if len(segments) > SEGMENTS_MAX:
         raise ValueError(f"{len(segments)} segments are more than a frame can name")
     text = dump_header(header)
     table = b"".join(_SEGMENT.pack(*segment) for segment in segments)

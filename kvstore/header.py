@@ -5,6 +5,7 @@ Nothing here is trusted: every field has a type and a bound, and no field choose
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,6 +20,9 @@ PLANES_MAX = 64
 GROUPS_MAX = 1024
 STAGES_MAX = 32
 POSITION_MAX = 1 << 40
+DEPTH_MAX = 16
+
+_NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
 StageSpec = Mapping[str, Any]
 """One stage of a pipeline as JSON: `stage` names it, the other fields configure it."""
@@ -94,28 +98,83 @@ def dump_header(header: Header) -> bytes:
 
 
 def load_header(text: bytes) -> Header:
-    """Header from its JSON text.
+    """Header from its JSON text, which may be padded with spaces.
 
     Raises:
         FrameCorruptError: The text is no JSON object, or a field is missing, of a wrong type or out of range.
     """
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise FrameCorruptError(f"header is not JSON: {exc}") from exc
+    fields = _load_json(text)
     if not isinstance(fields, dict):
         raise FrameCorruptError("header is not a JSON object")
-    return Header(
+    planes = tuple(_list(fields, "planes", 1, LEVELS_MAX, _plane_names))
+    header = Header(
         key=_key(fields),
         tokens=_integer(fields, "tokens", 1 << 16),
         first_position=_integer(fields, "first_position", POSITION_MAX),
         groups=tuple(_list(fields, "groups", 1, GROUPS_MAX, _layer_count)),
-        planes=tuple(_list(fields, "planes", 1, LEVELS_MAX, _plane_names)),
+        planes=planes,
         pipeline=tuple(_list(fields, "pipeline", 1, STAGES_MAX, _stage)),
         artefacts=tuple(_list(fields, "artefacts", 0, STAGES_MAX, _artefact)),
-        distortion=_distortion(fields),
+        distortion=_distortion(fields, len(planes)),
         behind=_behind(fields.get("behind")),
     )
+    if (header.tokens == 0) != (header == blob_header(header.key)):
+        raise FrameCorruptError("header: an opaque blob, and only that, has no tokens")
+    return header
+
+
+def blob_header(key: ChunkKey) -> Header:
+    """Header of an opaque blob: one plane of bytes, stored as it is."""
+    return Header(key, 0, 0, (1,), (("blob",),), ({"stage": "blob"},))
+
+
+def _load_json(text: bytes) -> object:
+    """JSON of a restricted kind: ASCII, no name twice, numbers that fit, nothing deep."""
+    body = text.rstrip(b" ")
+    if not body.startswith(b"{") or not body.endswith(b"}"):
+        raise FrameCorruptError("header does not start with { and end with } and spaces")
+    try:
+        fields = json.loads(
+            body.decode("ascii"),
+            object_pairs_hook=_object,
+            parse_int=_short_integer,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as exc:
+        raise FrameCorruptError(f"header is not JSON as frames have it: {exc}") from exc
+    if _depth(fields) > DEPTH_MAX:
+        raise FrameCorruptError(f"header nests deeper than {DEPTH_MAX}")
+    return fields
+
+
+def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names a field twice")
+    return fields
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > 19:
+        raise ValueError("an integer has more than 19 characters")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is not finite")
+    return number
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is no number")
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _key(fields: Mapping[str, Any]) -> ChunkKey:
@@ -151,15 +210,19 @@ def _layer_count(value: object) -> int:
 def _plane_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= PLANES_MAX:
         raise FrameCorruptError(f"header: a level has 1 to {PLANES_MAX} planes")
-    if not all(isinstance(name, str) and 0 < len(name) <= 64 for name in value):
-        raise FrameCorruptError("header: a plane name is a text of 1 to 64 characters")
+    if not all(_is_name(name) for name in value):
+        raise FrameCorruptError(f"header: a plane name must match {_NAME.pattern}")
     if len(set(value)) != len(value):
         raise FrameCorruptError("header: a level names a plane twice")
     return tuple(value)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def _stage(value: object) -> StageSpec:
-    if not isinstance(value, dict) or not isinstance(value.get("stage"), str):
+    if not isinstance(value, dict) or not _is_name(value.get("stage")):
         raise FrameCorruptError("header: a stage of the pipeline has no name")
     return MappingProxyType(value)
 
@@ -173,29 +236,23 @@ def _artefact(value: object) -> str:
         raise FrameCorruptError(f"header: {exc}") from exc
 
 
-def _distortion(fields: Mapping[str, Any]) -> Mapping[str, tuple[float, ...]]:
+def _distortion(fields: Mapping[str, Any], levels: int) -> Mapping[str, tuple[float, ...]]:
     value = fields.get("distortion")
-    if not isinstance(value, dict) or len(value) > PLANES_MAX:
-        raise FrameCorruptError("header: distortion must be an object by plane")
-    return MappingProxyType({name: _errors(errors) for name, errors in value.items()})
+    if not isinstance(value, dict) or len(value) > PLANES_MAX or not all(map(_is_name, value)):
+        raise FrameCorruptError("header: distortion must be an object by plane name")
+    return MappingProxyType({name: _errors(errors, levels) for name, errors in value.items()})
 
 
-def _errors(value: object) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) > LEVELS_MAX:
-        raise FrameCorruptError("header: the distortion of a plane is a list by level")
+def _errors(value: object, levels: int) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != levels:
+        raise FrameCorruptError("header: the distortion of a plane is a list with a number for each level")
     return tuple(_real(error) for error in value)
 
 
 def _real(value: object) -> float:
-    if type(value) not in (int, float):
-        raise FrameCorruptError("header: a number is missing")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError as exc:
-        raise FrameCorruptError("header: a number is out of range") from exc
-    if not math.isfinite(number) or number < 0:
-        raise FrameCorruptError("header: a number is negative or not finite")
-    return number
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise FrameCorruptError("header: a number is missing or negative")
+    return float(value)
 
 
 def _behind(value: object) -> Behind | None:
@@ -203,4 +260,4 @@ def _behind(value: object) -> Behind | None:
         return None
     if not isinstance(value, dict):
         raise FrameCorruptError("header: behind must be an object or null")
-    return Behind(_integer(value, "level", LEVELS_MAX), _real(value.get("kl_nats")))
+    return Behind(_integer(value, "level", LEVELS_MAX - 1), _real(value.get("kl_nats")))

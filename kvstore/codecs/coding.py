@@ -1,0 +1,202 @@
+"""Between planes and frames: run a pipeline on every layer group, and lay its planes out level by level."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore.codecs.pipeline import Pipeline, build_pipeline
+from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs
+from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
+from kvstore.frame import Frame, pack_frame
+from kvstore.header import Header
+from kvstore.keys import ChunkKey, namespace_of, split_key
+from kvstore.layout import Layout
+
+GROUP_BYTES_MIN = 1 << 20
+"""A layer group has at least this many uncompressed bytes, so that small models do not drown in segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What encoding a chunk may use beside its planes.
+
+    Args:
+        first_position: Position of the chunk's first token in its prompt.
+        group_layers: Layers in a layer group; 0 chooses by `GROUP_BYTES_MIN`.
+    """
+
+    first_position: int = 0
+    group_layers: int = 0
+
+
+def encode(planes: Planes, layout: Layout, pipeline: Pipeline, *, key: ChunkKey, context: Context = Context()) -> Frame:
+    """Encode one chunk.
+
+    Args:
+        planes: The planes of the layout, `[layers, tokens, kv_heads, head_dim]` each, on the CPU.
+        layout: What they are.
+        pipeline: How to encode them.
+        key: Key of the chunk.
+        context: What else is known about it.
+
+    Raises:
+        PipelineError: The planes do not fit the layout, the pipeline does not fit the planes, or a value cannot be
+            encoded.
+    """
+    _check_planes(planes, layout)
+    groups = _groups(layout, context.group_layers)
+    names = _planes_by_level(pipeline, layout.group_specs(groups[0]))
+    coded = [pipeline.encode(part, layout.group_specs(part_layers)) for part_layers, part in _parts(planes, groups)]
+    header = Header(
+        key=key,
+        tokens=layout.chunk_tokens,
+        first_position=context.first_position,
+        groups=groups,
+        planes=names,
+        pipeline=pipeline.spec,
+        distortion={} if pipeline.lossless else _distortion(planes, layout, pipeline, groups, names, coded),
+    )
+    return pack_frame(
+        header, [part[name].contiguous().numpy().data for level in names for part in coded for name in level]
+    )
+
+
+def decode(
+    frame: Frame,
+    layout: Layout,
+    artefacts: Mapping[str, bytes] | None = None,
+    *,
+    key: ChunkKey,
+    out: Planes | None = None,
+) -> Planes:
+    """Decode one chunk at the quality of the levels that its frame holds.
+
+    The sizes of everything come from `layout`; what the frame says is only compared with them.
+
+    Args:
+        frame: A verified frame.
+        layout: The caller's layout.
+        artefacts: Calibration artefacts by digest.
+        key: The key that the caller asked for.
+        out: Where to write, `[layers, tokens, kv_heads, head_dim]` a plane; new tensors by default.
+
+    Raises:
+        LayoutMismatchError: The frame belongs to another key or layout.
+        FrameCorruptError: Its planes are not those that its pipeline makes.
+        PipelineError: A stage or a calibration artefact that it needs is unknown.
+    """
+    _check_identity(frame, layout, key)
+    header = frame.head.header
+    unknown = [digest for digest in header.artefacts if digest not in (artefacts or {})]
+    if unknown:
+        raise PipelineError(f"decoding needs the calibration artefact {unknown[0]}, which is not here")
+    pipeline = build_pipeline(header.pipeline)
+    planes = _empty(layout) if out is None else out
+    start = 0
+    for layers, part in zip(header.groups, _coded_parts(frame, pipeline, layout), strict=True):
+        for name, decoded in pipeline.decode(part, layout.group_specs(layers)).items():
+            planes[name][start : start + layers].copy_(decoded)
+        start += layers
+    return planes
+
+
+def _check_planes(planes: Planes, layout: Layout) -> None:
+    if planes.keys() != layout.planes.keys():
+        raise PipelineError(f"the layout has the planes {sorted(layout.planes)}, not {sorted(planes)}")
+    for name, spec in layout.planes.items():
+        plane = planes[name]
+        if tuple(plane.shape) != spec.shape or plane.dtype != TORCH_DTYPES[spec.dtype]:
+            raise PipelineError(
+                f"plane {name!r} is {plane.dtype}{list(plane.shape)}, the layout says {spec.dtype}{list(spec.shape)}"
+            )
+
+
+def _check_identity(frame: Frame, layout: Layout, key: ChunkKey) -> None:
+    header = frame.head.header
+    if header.key != key or split_key(key)[0] != namespace_of(layout):
+        raise LayoutMismatchError("the frame belongs to another key or layout")
+    if header.tokens != layout.chunk_tokens or sum(header.groups) != layout.layers:
+        raise LayoutMismatchError(
+            f"the frame has {header.tokens} tokens and {sum(header.groups)} layers, "
+            f"the layout {layout.chunk_tokens} and {layout.layers}"
+        )
+
+
+def _groups(layout: Layout, group_layers: int) -> tuple[int, ...]:
+    """Layers in each layer group; only the last group may be smaller."""
+    layer_bytes = layout.chunk_bytes // layout.layers
+    layers = group_layers or max(1, -(-GROUP_BYTES_MIN // layer_bytes))
+    full, rest = divmod(layout.layers, min(layers, layout.layers))
+    return (min(layers, layout.layers),) * full + ((rest,) if rest else ())
+
+
+def _parts(planes: Planes, groups: Sequence[int]) -> Iterator[tuple[int, Planes]]:
+    """Every layer group's layers and planes."""
+    start = 0
+    for layers in groups:
+        yield layers, {name: plane[start : start + layers] for name, plane in planes.items()}
+        start += layers
+
+
+def _planes_by_level(pipeline: Pipeline, specs: Specs) -> tuple[tuple[str, ...], ...]:
+    """Names of the coded planes of every level, in the order in which the pipeline makes them."""
+    coded = pipeline.infer(specs)
+    for name, spec in coded.items():
+        if spec.dtype != "uint8" or len(spec.shape) != 1:
+            raise PipelineError(f"plane {name!r} does not end as bytes; end the pipeline with the stage 'raw'")
+    levels = max(spec.level or 0 for spec in coded.values()) + 1
+    return tuple(tuple(name for name, spec in coded.items() if (spec.level or 0) == level) for level in range(levels))
+
+
+def _coded_parts(frame: Frame, pipeline: Pipeline, layout: Layout) -> list[dict[str, torch.Tensor]]:
+    """The held coded planes of every layer group, compared with what the pipeline makes of this layout."""
+    header = frame.head.header
+    expected = [pipeline.infer(layout.group_specs(layers)) for layers in header.groups]
+    if _planes_by_level(pipeline, layout.group_specs(header.groups[0])) != header.planes:
+        raise FrameCorruptError("the frame's planes are not those that its pipeline makes")
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in header.groups]
+    for _, group, name, view in frame.segments():
+        if len(view) != expected[group][name].size_bytes:
+            raise FrameCorruptError(
+                f"plane {name!r} has {len(view)} bytes, its pipeline makes {expected[group][name].size_bytes}"
+            )
+        parts[group][name] = _tensor(view)
+    return parts
+
+
+def _tensor(view: memoryview) -> torch.Tensor:
+    # torch refuses to share memory that it might write to.
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+
+
+def _empty(layout: Layout) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]) for name, spec in layout.planes.items()}
+
+
+def _distortion(
+    planes: Planes,
+    layout: Layout,
+    pipeline: Pipeline,
+    groups: Sequence[int],
+    names: Sequence[Sequence[str]],
+    coded: Sequence[Planes],
+) -> dict[str, tuple[float, ...]]:
+    """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2."""
+    power = {name: _squares(plane.float()) for name, plane in planes.items()}
+    errors: dict[str, list[float]] = {name: [] for name in planes}
+    for level in range(len(names)):
+        held = {name for upto in names[: level + 1] for name in upto}
+        error = dict.fromkeys(planes, 0.0)
+        for (layers, part), code in zip(_parts(planes, groups), coded, strict=True):
+            kept = {name: plane for name, plane in code.items() if name in held}
+            decoded = pipeline.decode(kept, layout.group_specs(layers))
+            for name, plane in part.items():
+                error[name] += _squares(plane.float() - decoded[name].to(plane.dtype).float())
+        for name in planes:
+            errors[name].append(float(f"{error[name] / power[name]:.6g}") if power[name] else 0.0)
+    return {name: tuple(values) for name, values in errors.items()}
+
+
+def _squares(x: torch.Tensor) -> float:
+    return float(x.double().square().sum())

@@ -1,0 +1,94 @@
+"""The one protocol of everything that transforms planes."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Protocol
+
+import torch
+
+from kvstore.errors import PipelineError
+from kvstore.layout import PlaneSpec
+
+Planes = Mapping[str, torch.Tensor]
+"""Tensors by plane name. Names with a dot are side planes that a stage made: `k.mean`, `k.0`."""
+
+Specs = Mapping[str, PlaneSpec]
+"""The same without data."""
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        name: getattr(torch, name)
+        for name in ("uint8", "int8", "float8_e4m3fn", "float8_e5m2", "int16", "float16", "bfloat16", "float32")
+    }
+)
+FLOATS = frozenset({"float16", "bfloat16", "float32"})
+
+
+class Stage(Protocol):
+    """Planes to planes and back; synchronous, deterministic, without state. A frozen dataclass is its configuration.
+
+    Planes that a stage does not transform pass through it unchanged.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def infer(self, specs: Specs) -> Specs:
+        """Specs of the planes that `encode` makes of planes with these specs.
+
+        Raises:
+            PipelineError: The stage cannot handle such planes.
+        """
+        ...
+
+    def encode(self, planes: Planes, specs: Specs) -> Planes:
+        """Transform planes with the given specs.
+
+        Raises:
+            PipelineError: The values cannot be encoded.
+        """
+        ...
+
+    def decode(self, planes: Planes, like: Specs) -> Planes:
+        """Undo `encode`, as far as the levels that are there allow.
+
+        Args:
+            planes: What `encode` made; planes of the upper levels may be missing.
+            like: Specs of the planes to return.
+        """
+        ...
+
+
+def base_planes(specs: Specs) -> list[str]:
+    """Names of the planes that hold the cache itself, side planes left out."""
+    return [name for name in specs if "." not in name]
+
+
+def require_floats(stage: str, specs: Specs) -> list[str]:
+    """Names of the base planes, all of which are `[layers, tokens, kv_heads, head_dim]` of a float dtype.
+
+    Raises:
+        PipelineError: A base plane is something else.
+    """
+    names = base_planes(specs)
+    for name in names:
+        spec = specs[name]
+        if spec.dtype not in FLOATS or len(spec.shape) != 4:
+            raise PipelineError(
+                f"stage {stage!r}: plane {name!r} of {spec.dtype}{list(spec.shape)} is not a float plane"
+            )
+    return names
+
+
+def require_finite(stage: str, name: str, values: torch.Tensor) -> None:
+    """Refuse values that no lossy stage can encode.
+
+    Raises:
+        PipelineError: A value is NaN or infinite.
+    """
+    if not torch.isfinite(values).all():
+        count = int((~torch.isfinite(values)).sum())
+        raise PipelineError(
+            f"stage {stage!r}: plane {name!r} has {count} values that are NaN, infinite or too large for float32 "
+            "arithmetic; only a lossless pipeline such as 'raw' can store them"
+        )

@@ -1,0 +1,276 @@
+"""Prefixes of prompts as tensors: put and get the KV cache of token ids through any `Backend`.
+
+Planes are in the engine-neutral layout `[layers, tokens, kv_heads, head_dim]`, from the prompt's first token on.
+Chunks are encoded and decoded in threads while others are on their way.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore.backend import Ack, Backend, Held, Match, Miss, Reason, Stored
+from kvstore.codecs import Context, Pipeline, Planes, decode, encode
+from kvstore.codecs.stage import TORCH_DTYPES
+from kvstore.errors import BackendError, FrameError, PipelineError
+from kvstore.frame import Frame
+from kvstore.keys import ChunkKey, chunk_keys
+from kvstore.layout import Layout
+
+_BATCH_BYTES = 8 << 20
+_CONCURRENCY = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """What became of a prefix that was put.
+
+    Args:
+        tokens: Tokens of the full chunks of the prompt.
+        held_tokens: Tokens of the leading chunks that were there before and were not encoded again.
+        stored: The answer for every other chunk, in order.
+        size_bytes: Bytes of the frames that were sent.
+    """
+
+    tokens: int
+    held_tokens: int
+    stored: list[Stored]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prefix that was fetched.
+
+    Args:
+        tokens: Tokens that are there; the planes have as many.
+        planes: `[layers, tokens, kv_heads, head_dim]` each.
+        levels: Number of quality levels of every chunk.
+        size_bytes: Bytes of the frames that were received for these tokens.
+        miss: Why it ends before the prompt's last full chunk, None where it does not.
+    """
+
+    tokens: int
+    planes: dict[str, torch.Tensor]
+    levels: list[int]
+    size_bytes: int
+    miss: Miss | None
+
+
+async def match_prefix(backend: Backend, layout: Layout, token_ids: Sequence[int], *, salt: bytes = b"") -> Match:
+    """The leading chunks of a prompt that are held, and why they end.
+
+    Raises:
+        BackendError: The backend cannot be asked.
+    """
+    return await backend.match(chunk_keys(layout, token_ids, salt=salt))
+
+
+async def put_prefix(
+    backend: Backend,
+    layout: Layout,
+    token_ids: Sequence[int],
+    planes: Planes,
+    pipeline: Pipeline,
+    *,
+    salt: bytes = b"",
+    ack: Ack = Ack.MEMORY,
+) -> Put:
+    """Encode and put every full chunk of a prompt that the backend does not hold.
+
+    Args:
+        backend: Where to.
+        layout: What the planes are.
+        token_ids: The prompt from its first token on.
+        planes: `[layers, tokens, kv_heads, head_dim]` each, with at least the tokens of the full chunks.
+        pipeline: How to encode.
+        salt: See `kvstore.keys.chunk_keys`.
+        ack: Durability to wait for.
+
+    Raises:
+        PipelineError: The planes cannot be encoded.
+        BackendError: The backend cannot be reached; what was put before stays.
+    """
+    keys = chunk_keys(layout, token_ids, salt=salt)
+    _check_tokens(planes, len(keys) * layout.chunk_tokens)
+    held = len((await backend.match(keys)).held)
+    gate = asyncio.Semaphore(_CONCURRENCY)
+    tasks: list[asyncio.Task[list[Stored]]] = []
+    size_bytes = 0
+    batch: list[tuple[ChunkKey, Frame]] = []
+    async with asyncio.TaskGroup() as group:
+        for number in range(held, len(keys)):
+            frame = await asyncio.to_thread(_encode_chunk, layout, planes, pipeline, keys[number], number)
+            size_bytes += frame.size_bytes
+            batch.append((keys[number], frame))
+            if sum(frame.size_bytes for _, frame in batch) >= _BATCH_BYTES or number == len(keys) - 1:
+                # Holding the gate here bounds the frames that are encoded but not yet stored.
+                await gate.acquire()
+                tasks.append(group.create_task(_put_batch(backend, batch, ack, gate)))
+                batch = []
+    stored = [result for task in tasks for result in task.result()]
+    return Put(len(keys) * layout.chunk_tokens, held * layout.chunk_tokens, stored, size_bytes)
+
+
+async def get_prefix(
+    backend: Backend,
+    layout: Layout,
+    token_ids: Sequence[int],
+    *,
+    level: int | None = None,
+    salt: bytes = b"",
+    deadline_s: float | None = None,
+    artefacts: Mapping[str, bytes] | None = None,
+) -> Prefix:
+    """Fetch and decode the longest leading run of chunks of a prompt.
+
+    Args:
+        backend: Where from.
+        layout: What the planes are.
+        token_ids: The prompt from its first token on.
+        level: Quality level to fetch up to, None for all that are held.
+        salt: See `kvstore.keys.chunk_keys`.
+        deadline_s: After this many seconds what is complete so far is returned, with the miss `deadline`.
+        artefacts: Calibration artefacts by digest.
+
+    Raises:
+        BackendError: The backend cannot be asked what it holds.
+        PipelineError: A frame needs a stage or an artefact that is not here.
+    """
+    keys = chunk_keys(layout, token_ids, salt=salt)
+    fetch = _Fetch(backend, layout, keys, level, artefacts or {})
+    try:
+        async with asyncio.timeout(deadline_s):
+            await fetch.run()
+    except TimeoutError:
+        fetch.give_up(Miss(Reason.DEADLINE))
+    return fetch.result()
+
+
+class _Fetch:
+    """One fetch under way: which chunks are complete, and the tensors that they are decoded into."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        keys: Sequence[ChunkKey],
+        level: int | None,
+        artefacts: Mapping[str, bytes],
+    ) -> None:
+        self._backend = backend
+        self._layout = layout
+        self._keys = keys
+        self._level = level
+        self._artefacts = artefacts
+        self._gate = asyncio.Semaphore(_CONCURRENCY)
+        self._done: list[Frame | Miss | None] = []
+        self._end: Miss | None = None
+        self._planes: dict[str, torch.Tensor] = {}
+
+    async def run(self) -> None:
+        held, self._end = await self._backend.match(self._keys)
+        self._done = [None] * len(held)
+        self._planes = _empty(self._layout, len(held) * self._layout.chunk_tokens)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for batch in _batches(held, self._level):
+                    group.create_task(self._fetch(batch))
+        except* (FrameError, PipelineError) as errors:
+            raise _first(errors) from None
+
+    def give_up(self, miss: Miss) -> None:
+        """End the prefix at the first chunk that is not complete."""
+        self._done = [miss if answer is None else answer for answer in self._done]
+        self._end = self._end if self._done else miss
+
+    def result(self) -> Prefix:
+        frames: list[Frame] = []
+        for answer in self._done:
+            if not isinstance(answer, Frame):
+                self._end = answer
+                break
+            frames.append(answer)
+        tokens = len(frames) * self._layout.chunk_tokens
+        return Prefix(
+            tokens,
+            {name: plane[:, :tokens] for name, plane in self._planes.items()},
+            [frame.levels for frame in frames],
+            sum(frame.size_bytes for frame in frames),
+            self._end,
+        )
+
+    async def _fetch(self, batch: range) -> None:
+        async with self._gate:
+            keys = [self._keys[number] for number in batch]
+            try:
+                answers = await self._backend.get(keys, level=self._level)
+            except BackendError as exc:
+                log.warning("fetching %d chunks failed: %s", len(keys), exc)
+                answers = [Miss(Reason.BREAKER)] * len(keys)
+            for number, answer in zip(batch, answers, strict=True):
+                self._done[number] = await asyncio.to_thread(self._decode, number, answer)
+
+    def _decode(self, number: int, answer: Frame | Miss) -> Frame | Miss:
+        if isinstance(answer, Miss):
+            return answer
+        tokens = self._layout.chunk_tokens
+        if answer.head.header.first_position != number * tokens:
+            return Miss(Reason.IDENTITY)
+        out = {name: plane[:, number * tokens : (number + 1) * tokens] for name, plane in self._planes.items()}
+        try:
+            decode(answer, self._layout, self._artefacts, key=self._keys[number], out=out)
+        except FrameError as exc:
+            log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
+            return Miss(Reason.CORRUPT)
+        return answer
+
+
+def _batches(held: Sequence[Held], level: int | None) -> Iterator[range]:
+    """Runs of chunks that are fetched by one request each: small enough to overlap, large enough to be few."""
+    start, size_bytes = 0, 0
+    for number, (_, copy) in enumerate(held):
+        levels = len(copy.level_bytes) if level is None else level + 1
+        size_bytes += copy.head_bytes + sum(copy.level_bytes[:levels])
+        if size_bytes >= _BATCH_BYTES or number == len(held) - 1:
+            yield range(start, number + 1)
+            start, size_bytes = number + 1, 0
+
+
+async def _put_batch(
+    backend: Backend, batch: Sequence[tuple[ChunkKey, Frame]], ack: Ack, gate: asyncio.Semaphore
+) -> list[Stored]:
+    try:
+        return await backend.put(batch, ack=ack)
+    finally:
+        gate.release()
+
+
+def _encode_chunk(layout: Layout, planes: Planes, pipeline: Pipeline, key: ChunkKey, number: int) -> Frame:
+    tokens = layout.chunk_tokens
+    chunk = {name: plane[:, number * tokens : (number + 1) * tokens] for name, plane in planes.items()}
+    return encode(chunk, layout, pipeline, key=key, context=Context(first_position=number * tokens))
+
+
+def _check_tokens(planes: Planes, tokens: int) -> None:
+    for name, plane in planes.items():
+        if plane.ndim != 4 or plane.shape[1] < tokens:
+            raise PipelineError(
+                f"plane {name!r} is {list(plane.shape)}; the full chunks of the prompt have {tokens} tokens"
+            )
+
+
+def _empty(layout: Layout, tokens: int) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty((spec.shape[0], tokens, *spec.shape[2:]), dtype=TORCH_DTYPES[spec.dtype])
+        for name, spec in layout.planes.items()
+    }
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
