@@ -1,16 +1,16 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import groupby
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import hdrs
 
-from kvstore import errors
 from kvstore.backend import Ack, Copy, Held, Match, Miss, Outcome, Reason, Stored
 from kvstore.errors import (
     AuthError,
@@ -21,6 +21,7 @@ from kvstore.errors import (
     FrameError,
     FrameVersionError,
     KVStoreError,
+    RequestError,
 )
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, chunk_key
@@ -38,6 +39,9 @@ GET_KEYS_MAX = 256
 MATCH_KEYS_MAX = 1 << 16
 PUT_BYTES = 64 << 20
 _ANSWER_BYTES_MAX = 16 << 20
+
+Answer = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class Client:
@@ -88,10 +92,10 @@ class Client:
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         held: list[Held] = []
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            answer = await self._call("/v1/match", {"namespace": namespace}, digests)
-            held += _parse_runs(answer["runs"])
-            if answer["miss"] is not None:
-                return Match(held, Miss(_reason(answer["miss"])))
+            part = await self._post("/v1/match", {"namespace": namespace}, _body(digests), _parse_match)
+            held += part.held
+            if part.miss is not None:
+                return Match(held, part.miss)
         return Match(held, None)
 
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
@@ -108,53 +112,60 @@ class Client:
         stored: list[Stored] = []
         for frames in _bodies(items):
             payload = ViewsPayload(list(batch_views(frames)), BATCH_TYPE)
-            answer = await self._json("/v1/put", {"ack": ack.name.lower()}, payload)
-            stored += [_parse_stored(self.name, result) for result in answer["stored"]]
+            stored += await self._post("/v1/put", {"ack": ack.name.lower()}, payload, self._parse_puts)
         return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._call("/v1/trim", {"namespace": namespace, "level": str(level)}, digests)
+            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, _body(digests), _parse_nothing)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._call("/v1/delete", {"namespace": namespace}, digests)
+            await self._post("/v1/delete", {"namespace": namespace}, _body(digests), _parse_nothing)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         if namespace is None:
             raise BackendError(self.name, "a server lists one namespace at a time: name it")
         query = {"namespace": namespace.hex()}
-        while True:
-            async with self._request("GET", "/v1/scan", query, None) as response:
-                page = (await _read_json(response))["chunks"]
-            for chunk in page:
-                yield chunk_key(namespace, bytes.fromhex(chunk["digest"])), _parse_held(chunk)
-            if not page:
-                return
-            query["after"] = page[-1]["digest"]
+        while page := await self._ask("GET", "/v1/scan", query, None, partial(_parse_page, namespace)):
+            for found in page:
+                yield found
+            query["after"] = page[-1][0][NAMESPACE_BYTES:].hex()
 
     async def aclose(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _call(self, path: str, query: Mapping[str, str], digests: bytes) -> dict[str, Any]:
-        return await self._json(path, query, aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE))
+    async def _post(
+        self, path: str, query: Mapping[str, str], body: aiohttp.Payload, parse: Callable[[Answer], T]
+    ) -> T:
+        return await self._ask("POST", path, query, body, parse)
 
-    async def _json(self, path: str, query: Mapping[str, str], body: aiohttp.Payload) -> dict[str, Any]:
-        async with self._request("POST", path, query, body) as response:
-            return {} if response.status == 204 else await _read_json(response)
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: aiohttp.Payload | None,
+        parse: Callable[[Answer], T],
+    ) -> T:
+        """A JSON answer, parsed."""
+        async with self._request(method, path, query, body) as response:
+            try:
+                return parse({} if response.status == 204 else await _read_json(response))
+            except (KeyError, TypeError, ValueError, AttributeError) as exc:
+                raise BackendError(self.name, f"{self.url}{path} gave an answer that is none: {exc!r}") from exc
 
     async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
         """Verified answers for the first of `keys`, at least one."""
         found: list[Frame | Miss] = []
-        payload = aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE)
-        async with self._request("POST", "/v1/get", query, payload) as response:
-            body = BodyReader(response.content, self._batch_bytes_max, response.content_length)
+        async with self._request("POST", "/v1/get", query, _body(digests)) as response:
             try:
+                body = BodyReader(response.content, self._batch_bytes_max, response.content_length)
                 async for record in read_batch(body):
                     found.append(_verified(keys[len(found)], record))
-            except (FrameError, IndexError) as exc:
+            except (FrameError, RequestError, IndexError) as exc:
                 # Where one record ends and the next begins is not known any more, so the rest is lost with it.
                 response.close()
                 version = isinstance(exc, FrameVersionError)
@@ -162,6 +173,9 @@ class Client:
         if not found:
             raise BackendError(self.name, "the server answered a batch without records")
         return found
+
+    def _parse_puts(self, answer: Answer) -> list[Stored]:
+        return [_parse_stored(self.name, result) for result in answer["stored"]]
 
     @asynccontextmanager
     async def _request(
@@ -177,7 +191,7 @@ class Client:
                 yield response
         except TimeoutError as exc:
             raise BackendUnavailableError(self.name, f"{self.url} did not answer in {self._timeout.total} s") from exc
-        except (aiohttp.ClientError, errors.BodyLengthError, OSError) as exc:
+        except (aiohttp.ClientError, OSError) as exc:
             raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -199,7 +213,8 @@ def error_classes() -> dict[str, type[KVStoreError]]:
     pending: list[type[KVStoreError]] = [KVStoreError]
     while pending:
         error_class = pending.pop()
-        found[error_class.code] = error_class
+        # A subclass that only its own module knows shares the code of its base.
+        found.setdefault(error_class.code, error_class)
         pending += error_class.__subclasses__()
     return found
 
@@ -266,19 +281,33 @@ async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreEr
     return error_from(backend, code, detail, float(retry_after) if retry_after.isdigit() else 1.0)
 
 
-def _parse_runs(runs: Sequence[Mapping[str, Any]]) -> list[Held]:
+def _body(digests: bytes) -> aiohttp.Payload:
+    return aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE)
+
+
+def _parse_nothing(_: Answer) -> None:
+    return None
+
+
+def _parse_match(answer: Answer) -> Match:
     held: list[Held] = []
-    for run in runs:
+    for run in answer["runs"]:
         held += [Held(None, _parse_copy(run))] * int(run["count"])
-    return held
+    return Match(held, None if answer["miss"] is None else Miss(_reason(answer["miss"])))
 
 
-def _parse_held(chunk: Mapping[str, Any]) -> Held:
-    frame_id = chunk["frame_id"]
-    return Held(None if frame_id is None else bytes.fromhex(frame_id), _parse_copy(chunk))
+def _parse_page(namespace: bytes, answer: Answer) -> list[tuple[ChunkKey, Held]]:
+    return [
+        (chunk_key(namespace, bytes.fromhex(chunk["digest"])), Held(_frame_id(chunk), _parse_copy(chunk)))
+        for chunk in answer["chunks"]
+    ]
 
 
-def _parse_copy(fields: Mapping[str, Any]) -> Copy:
+def _frame_id(chunk: Answer) -> bytes | None:
+    return None if chunk["frame_id"] is None else bytes.fromhex(chunk["frame_id"])
+
+
+def _parse_copy(fields: Answer) -> Copy:
     return Copy(
         str(fields["tier"]),
         int(fields["head_bytes"]),
@@ -296,7 +325,7 @@ def _reason(text: str) -> Reason:
         return Reason.ABSENT
 
 
-def _parse_stored(backend: str, fields: Mapping[str, Any]) -> Stored:
+def _parse_stored(backend: str, fields: Answer) -> Stored:
     ack = None if fields["ack"] is None else Ack[str(fields["ack"]).upper()]
     error = None
     if fields["code"] is not None:

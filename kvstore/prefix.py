@@ -6,7 +6,8 @@ Chunks are encoded and decoded in threads while others are on their way.
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,7 @@ async def put_prefix(
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0
     batch: list[tuple[ChunkKey, Frame]] = []
-    async with asyncio.TaskGroup() as group:
+    async with _plain_errors(), asyncio.TaskGroup() as group:
         for number in range(held, len(keys)):
             frame = await asyncio.to_thread(_encode_chunk, layout, planes, pipeline, keys[number], number)
             size_bytes += frame.size_bytes
@@ -176,12 +177,9 @@ class _Fetch:
         held, self._end = await self._backend.match(self._keys)
         self._done = [None] * len(held)
         self._planes = _empty(self._layout, len(held) * self._layout.chunk_tokens)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for batch in _batches(held, self._level):
-                    group.create_task(self._fetch(batch))
-        except* (FrameError, PipelineError) as errors:
-            raise _first(errors) from None
+        async with _plain_errors(), asyncio.TaskGroup() as group:
+            for batch in _batches(held, self._level):
+                group.create_task(self._fetch(batch))
 
     def give_up(self, miss: Miss) -> None:
         """End the prefix at the first chunk that is not complete."""
@@ -271,6 +269,13 @@ def _empty(layout: Layout, tokens: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+@asynccontextmanager
+async def _plain_errors() -> AsyncIterator[None]:
+    """Raise the first error of a task group as it was raised there."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None

@@ -9,6 +9,7 @@ the small queue are remembered in a ghost list and enter the main queue when the
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 
 from kvstore.backend import Copy, Held, Match, Miss, Reason
 from kvstore.errors import BackendFullError
@@ -185,7 +186,8 @@ class Index:
             else:
                 self._reads[key] = 0
             self._promote(key)
-        return None
+        # One queue holds nothing but chunks that must stay, and the turn never came to the other.
+        return next((key for key in chain(self._small, self._main) if key not in keep), None)
 
     def _promote(self, key: ChunkKey) -> None:
         """Move a chunk to the young end of the main queue."""

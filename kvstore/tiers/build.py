@@ -18,5 +18,12 @@ async def open_tiers(config: ServerConfig, metrics: Metrics) -> TieredBackend:
     tiers: list[Backend] = [HostBackend(config.memory_bytes, metrics=metrics)]
     if config.disk_bytes:
         disk = await LmdbBackend.open(config.data_dir / "lmdb", config.disk_bytes, metrics=metrics)
-        tiers.append(WriteBehind(disk, inner_ack=Ack.DISK, queue_bytes_max=config.write_behind_bytes, metrics=metrics))
+        tiers.append(
+            WriteBehind(
+                disk,
+                inner_ack=Ack.DISK,
+                queue_bytes_max=config.write_behind_bytes,
+                metrics=metrics,
+            )
+        )
     return TieredBackend(tiers, metrics=metrics)

@@ -25,7 +25,7 @@ class WriteBehind:
     Args:
         inner: The backend that is written to; this wrapper owns and closes it.
         inner_ack: Durability of a put that `inner` has answered.
-        queue_bytes_max: Bytes that may wait.
+        queue_bytes_max: Bytes that may wait; a larger batch is written before it is answered.
         metrics: Where to count; its own by default.
     """
 
@@ -74,16 +74,12 @@ class WriteBehind:
             raise BackendUnavailableError(self.name, "is closing")
         if ack >= self._inner_ack:
             return await self._put_through(items, ack)
-        held = [await self._find(key) for key, _ in items]
-        fresh = [
-            (key, frame)
-            for (key, frame), found in zip(items, held, strict=True)
-            if put_outcome(found, frame) in (Outcome.WRITTEN, Outcome.EXTENDED)
-        ]
-        self._reserve(sum(frame.size_bytes for _, frame in fresh))
-        for key, frame in fresh:
-            self._enqueue(key, frame)
-        return [self._answer(key, frame, found) for (key, frame), found in zip(items, held, strict=True)]
+        size_bytes = sum(frame.size_bytes for _, frame in items)
+        if size_bytes > self._queue_bytes_max:
+            # It could never be queued, however often it is tried again.
+            return await self._put_through(items, self._inner_ack)
+        self._reserve(size_bytes)
+        return [await self._accept(key, frame) for key, frame in items]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         for key in keys:
@@ -137,10 +133,13 @@ class WriteBehind:
         match = await self._inner.match([key])
         return match.held[0] if match.held else None
 
-    def _answer(self, key: ChunkKey, frame: Frame, found: Held | None) -> Stored:
-        outcome = put_outcome(found, frame)
-        durable = outcome in (Outcome.EXISTS, Outcome.OTHER) and key not in self._queued
-        return Stored(outcome, self._inner_ack if durable else Ack.MEMORY)
+    async def _accept(self, key: ChunkKey, frame: Frame) -> Stored:
+        """Queue a frame, unless it is there already."""
+        outcome = put_outcome(await self._find(key), frame)
+        if outcome in (Outcome.EXISTS, Outcome.OTHER):
+            return Stored(outcome, Ack.MEMORY if key in self._queued else self._inner_ack)
+        self._enqueue(key, frame)
+        return Stored(outcome, Ack.MEMORY)
 
     def _held(self, frame: Frame) -> Held:
         header = frame.head.header
@@ -148,8 +147,7 @@ class WriteBehind:
         return Held(frame.id, Copy(self.name, len(frame.head.raw), sizes, header.levels, header.behind is not None))
 
     def _reserve(self, size_bytes: int) -> None:
-        # A single put larger than the queue passes when the queue is empty, or it could never be stored.
-        if self._queued and self._queued_bytes + size_bytes > self._queue_bytes_max:
+        if self._queued_bytes + size_bytes > self._queue_bytes_max:
             raise BackendUnavailableError(
                 self.name, f"{self._queued_bytes} bytes wait to be written; try again", retry_after_s=1.0
             )

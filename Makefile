@@ -1,0 +1,71 @@
+# Every target creates or reuses .venv and installs what it needs by itself.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+BENCHMARKS := $(filter-out harness report,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
+
+.PHONY: help demo test lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
+
+help:
+	@echo "make demo          run the main job: store, fetch and reuse a real model's KV cache"
+	@echo "make test          run the tests"
+	@echo "make lint          ruff, mypy --strict and the import contracts"
+	@echo "make bench         run every benchmark, then draw docs/benchmarks.md from the results"
+	@echo "make bench-NAME    run one benchmark: $(BENCHMARKS)"
+	@echo "make docs          draw docs/benchmarks.md and its plots from the committed results"
+	@echo "make test-lowest   run the tests with the oldest versions that pyproject.toml allows"
+
+demo: $(VENV)/.demo
+	$(BIN)/kvstore demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(addprefix bench-,$(BENCHMARKS)) docs
+
+$(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.$*
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.report
+
+# Another environment, so that the usual one keeps the tested versions.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvstore needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A CPU wheel where pip can find one: the usual wheel brings gigabytes of CUDA that nothing here needs.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet "torch==$(TORCH)+cpu" || $(PIP) install --quiet "torch==$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
