@@ -61,10 +61,10 @@ def reconstruct(digits: list[torch.Tensor], scale: torch.Tensor, centre: torch.T
     Returns:
         `[..., dim]` float32.
     """
-    index = digits[0].long()
+    index = digits[0]
     for finer in digits[1:]:
+        # Five digits, the most there are, still fit into eight bits.
         index = index * 3 + finer
-    cells = (3 ** len(digits) - 1) // 2
     table = torch.cat([-centre.float().flip(0), torch.zeros(1), centre.float()])
-    values: torch.Tensor = table[index.clamp(0, 2 * cells)] * (scale.float() * 3 ** (levels - len(digits)))
-    return values
+    values = table.index_select(0, index.flatten().int()).view(index.shape)
+    return values.mul_(scale.float() * 3 ** (levels - len(digits)))

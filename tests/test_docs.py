@@ -1,0 +1,93 @@
+"""The documentation is true: everything public is on its page, links lead somewhere, examples run."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvstore.backend import Outcome, Reason
+from kvstore.backends.host import HostBackend
+from kvstore.cli import main
+from kvstore.client import Client, error_classes
+from kvstore.codecs import NAMED
+from kvstore.codecs.pipeline import STAGES
+from kvstore.config import ServerConfig
+from kvstore.metrics import Metrics
+from kvstore.server import create_app, running_server
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def test_every_setting_is_documented() -> None:
+    rows = page("configuration")
+    for field in dataclasses.fields(ServerConfig):
+        name = {"memory_bytes": "memory", "disk_bytes": "disk"}.get(field.name, field.name)
+        assert f"| `{name}` |" in rows, name
+        if name != "tenants":
+            assert f"`KVSTORE_{name.upper()}`" in rows
+
+
+def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--json", "--config"}
+    assert all(f"`{flag}`" in page("configuration") for flag in flags)
+
+
+def test_every_route_is_documented() -> None:
+    async def backend() -> HostBackend:
+        return HostBackend(1 << 20)
+
+    app = create_app(backend, ServerConfig(), Metrics())
+    for route in app.router.routes():
+        assert route.resource is not None
+        assert route.resource.canonical in page("http"), route
+
+
+def test_every_error_code_reason_and_outcome_is_documented() -> None:
+    words = [*error_classes(), *(reason.value for reason in Reason), *(outcome.value for outcome in Outcome)]
+    missing = [word for word in words if f"`{word}`" not in page("http") and word != Outcome.FAILED.value]
+    assert missing == []
+
+
+def test_every_metric_is_documented() -> None:
+    for family in Metrics().registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert f"`{name}`" in page("metrics")
+
+
+def test_every_stage_and_pipeline_is_documented() -> None:
+    assert all(f"| `{name}` |" in page("codecs") for name in (*STAGES, *NAMED))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+async def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    async with running_server(ServerConfig(port=0, data_dir=tmp_path)) as url:
+        code = code.replace("http://127.0.0.1:8420", url)
+        import asyncio
+
+        done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "1024 tokens" in done.stdout
+        async with Client(url) as client:
+            assert (await client.match([])).miss is None
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme
+    assert "make test" in readme
