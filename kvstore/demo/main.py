@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
@@ -189,6 +190,8 @@ def _kl_nats(exact: torch.Tensor, found: torch.Tensor) -> float:
 def _table(report: dict[str, Any]) -> Table:
     tokens = report["continuation_tokens"]
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title=f"{report['model']}: prompt of {report['prompt_tokens']:,} tokens, {report['stored_tokens']:,} stored",
         caption=f"TTFT: median time to first token. Greedy text and KL: {tokens} tokens behind\n"
         "the prompt, against going on from the model's own cache.",

@@ -22,7 +22,7 @@ async def open_tiers(config: ServerConfig, metrics: Metrics) -> TieredBackend:
             WriteBehind(
                 disk,
                 inner_ack=Ack.DISK,
-                queue_bytes_max=config.write_behind_bytes,
+                queue_bytes_max=min(config.write_behind_bytes, config.disk_bytes),
                 metrics=metrics,
             )
         )

@@ -115,9 +115,11 @@ class TieredBackend:
 
     async def _with_all_levels(self, keys: Sequence[ChunkKey], run: list[Held]) -> list[Held]:
         """The run with every partial copy replaced by the one of the lower tier that holds most of its levels."""
+        if all(copy.whole for copy, _ in groupby(map(_COPY, run))):
+            return run
         start = 0
-        for copy, same in groupby(map(_COPY, run)):
-            end = start + sum(1 for _ in same)
+        for copy, same in groupby(list(map(_COPY, run))):
+            end = start + len(list(same))
             if not copy.whole:
                 for tier in self.tiers[1:]:
                     await _overlay(tier, keys, run, start, end)

@@ -25,7 +25,8 @@ class WriteBehind:
     Args:
         inner: The backend that is written to; this wrapper owns and closes it.
         inner_ack: Durability of a put that `inner` has answered.
-        queue_bytes_max: Bytes that may wait; a larger batch is written before it is answered.
+        queue_bytes_max: Bytes that may wait, at most what `inner` can hold; a larger batch is written before it is
+            answered.
         metrics: Where to count; its own by default.
     """
 
