@@ -4,7 +4,7 @@ docs/configuration.md documents every field of `ServerConfig`; a test holds the 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
@@ -45,9 +45,9 @@ class ServerConfig:
     data_dir: Path = Path("kvstore-data")
     memory_bytes: int = 2 * 2**30
     disk_bytes: int = 20 * 2**30
-    token: str | None = None
-    tenants: Mapping[str, str] = field(default_factory=dict)
-    tenant_secret: str | None = None
+    token: str | None = field(default=None, repr=False)
+    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tenant_secret: str | None = field(default=None, repr=False)
     insecure: bool = False
     body_bytes_max: int = 256 * 2**20
     inflight_bytes_max: int = 2**30
@@ -60,8 +60,12 @@ class ServerConfig:
             raise ConfigError(f"port must be 0 to 65535, not {self.port}")
         if self.memory_bytes < 2**20:
             raise ConfigError(f"memory must be at least 1MiB, not {self.memory_bytes} bytes")
-        if 0 < self.disk_bytes < 2**20:
-            raise ConfigError(f"disk must be 0 (no disk tier) or at least 1MiB, not {self.disk_bytes} bytes")
+        if 0 < self.disk_bytes < 2**20 or self.disk_bytes > 2**48:
+            raise ConfigError(f"disk must be 0 (no disk tier) or 1MiB to 256TiB, not {self.disk_bytes} bytes")
+        if self.body_bytes_max < 2**10:
+            raise ConfigError(f"body_bytes_max must be at least 1KiB, not {self.body_bytes_max} bytes")
+        if "" in self.tenants:
+            raise ConfigError("tenants: a tenant needs a name")
         if self.tenants and not self.tenant_secret:
             raise ConfigError("tenants need a tenant_secret: any long random text, the same on every server")
         tokens = [*self.tenants.values(), *([self.token] if self.token else [])]
@@ -108,12 +112,15 @@ def parse_size(value: object) -> int:
     Raises:
         ConfigError: The text is not a size.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{value!r} is not a size: write bytes or a number with KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size_bytes = float(match[1]) * _UNITS[match[2].upper()]
+    if size_bytes >= 2**63:
+        raise ConfigError(f"{value!r} is not a size that any machine has")
+    return int(size_bytes)
 
 
 def _public_name(field_name: str) -> str:
@@ -134,30 +141,46 @@ def _read_file(file: Path, known: set[str]) -> dict[str, object]:
     unknown = [str(name) for name in loaded if name not in by_public_name]
     if unknown:
         raise ConfigError(f"{file}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(by_public_name))}")
+    empty = [name for name, value in loaded.items() if value is None]
+    if empty:
+        raise ConfigError(f"{file}: the setting {empty[0]!r} has no value; leave it out for its default")
     return {by_public_name[name]: value for name, value in loaded.items()}
 
 
 def _convert(name: str, value: object) -> Any:
+    """Value of a field from what a source gave.
+
+    Raises:
+        ConfigError: It cannot be understood; the message names the setting.
+    """
+    if name.endswith(("_bytes", "_bytes_max")):
+        convert: Callable[[object], object] = parse_size
+    elif name.endswith("_s"):
+        convert = _positive
+    else:
+        convert = {"port": _integer, "data_dir": _path, "insecure": _boolean, "tenants": _tenants}.get(name, str)
     try:
-        if name.endswith(("_bytes", "_bytes_max")):
-            return parse_size(value)
-        if name == "port":
-            return int(str(value))
-        if name.endswith("_s"):
-            return _positive(value)
+        return convert(value)
+    except ConfigError as exc:
+        raise ConfigError(f"{_public_name(name)}: {exc}") from exc
+
+
+def _integer(value: object) -> int:
+    try:
+        return int(str(value))
     except ValueError as exc:
-        raise ConfigError(f"{_public_name(name)}: {value!r} is not a number") from exc
-    if name == "data_dir":
-        return Path(str(value))
-    if name == "insecure":
-        return _boolean(value)
-    if name == "tenants":
-        return _tenants(value)
-    return str(value)
+        raise ConfigError(f"{value!r} is not a number") from exc
+
+
+def _path(value: object) -> Path:
+    return Path(str(value))
 
 
 def _positive(value: object) -> float:
-    number = float(str(value))
+    try:
+        number = float(str(value))
+    except ValueError as exc:
+        raise ConfigError(f"{value!r} is not a number") from exc
     if not 0 < number < 1e9:
         raise ConfigError(f"{value!r} must be a positive number of seconds")
     return number
@@ -166,11 +189,11 @@ def _positive(value: object) -> float:
 def _boolean(value: object) -> bool:
     text = str(value).lower()
     if text not in {"true", "false", "1", "0", "yes", "no"}:
-        raise ConfigError(f"insecure: {value!r} is neither true nor false")
+        raise ConfigError(f"{value!r} is neither true nor false")
     return text in {"true", "1", "yes"}
 
 
 def _tenants(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(token, str) for token in value.values()):
-        raise ConfigError("tenants must map tenant names to tokens")
+        raise ConfigError("this must map tenant names to tokens")
     return {str(name): token for name, token in value.items()}

@@ -32,9 +32,13 @@ class KeyFormatError(RequestError):
 
 
 class RangeError(RequestError):
-    """A byte range cannot be satisfied."""
+    """A byte range of something that has `full_bytes` cannot be satisfied."""
 
     code = "bad-range"
+
+    def __init__(self, detail: str, full_bytes: int = 0) -> None:
+        super().__init__(detail)
+        self.full_bytes = full_bytes
 
 
 class BodySizeError(RequestError):

@@ -49,16 +49,24 @@ class BodyReader:
         stream: The body as it arrives.
         limit_bytes: More than this is refused.
         announced_bytes: Length that the peer announced, None where it announced none.
+        arrived: Called with the number of bytes whenever some arrive; may refuse them by raising.
 
     Raises:
         BodySizeError: The announced length is over the limit.
     """
 
-    def __init__(self, stream: StreamReader, limit_bytes: int, announced_bytes: int | None) -> None:
+    def __init__(
+        self,
+        stream: StreamReader,
+        limit_bytes: int,
+        announced_bytes: int | None,
+        arrived: Callable[[int], None] | None = None,
+    ) -> None:
         if announced_bytes is not None and announced_bytes > limit_bytes:
             raise BodySizeError(f"a body of {announced_bytes} bytes is over the limit of {limit_bytes}")
         self._stream = stream
         self._limit_bytes = limit_bytes
+        self._arrived = arrived
         self._rest = memoryview(b"")
         self.announced_bytes = announced_bytes
         self.read_bytes = 0
@@ -88,6 +96,7 @@ class BodyReader:
             self._rest = self._rest[len(part) :]
             self.read_bytes += len(part)
             start += len(part)
+            self._check_limit()
 
     async def take(self, size_bytes: int) -> bytes:
         """Exactly that many bytes; the caller has bounded the number.
@@ -108,8 +117,7 @@ class BodyReader:
         while not await self.at_end():
             part, self._rest = self._rest, memoryview(b"")
             self.read_bytes += len(part)
-            if self.left_bytes < 0:
-                raise BodySizeError(f"the body is over the limit of {self._limit_bytes} bytes")
+            self._check_limit()
             yield part
 
     async def end(self) -> None:
@@ -126,8 +134,14 @@ class BodyReader:
             data, _ = await self._stream.readchunk()
             if data:
                 self._rest = memoryview(data)
+                if self._arrived is not None:
+                    self._arrived(len(data))
                 return True
         return False
+
+    def _check_limit(self) -> None:
+        if self.left_bytes < 0:
+            raise BodySizeError(f"the body is over the limit of {self._limit_bytes} bytes")
 
 
 async def read_frame(body: BodyReader, size_bytes: int | None) -> Frame:
@@ -164,6 +178,7 @@ async def read_blob(body: BodyReader) -> tuple[memoryview, int]:
     if body.announced_bytes is not None:
         buffer = allocate(padded_bytes(body.announced_bytes))
         await body.fill(buffer[: body.announced_bytes])
+        await body.end()
         return buffer, body.announced_bytes
     grown = bytearray()
     async for part in body.parts():

@@ -5,7 +5,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import second_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from kvstore.errors import FrameCorruptError, FrameError, FrameVersionError, Lay
 from kvstore.frame import Frame, blob_frame, blob_of, pack_frame, padded_bytes, parse_frame
 from kvstore.header import Behind, Header, load_header
 from kvstore.testing import make_frame, make_key
+from tests import second_reader
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = make_key(1)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import kvstore
-from kvstore.backend import Frame
+from kvstore.frame import Frame
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, FRAME_TYPE
@@ -205,6 +205,15 @@ async def test_a_deleted_chunk_is_a_miss_and_may_be_put_again(server: Server) ->
     assert (await server.ask("GET", path_of(KEY))).json["reason"] == "absent"
     assert (await server.ask("DELETE", path_of(KEY))).status == 204
     assert (await server.put(make_frame(KEY, seed=1))).status == 201
+
+
+async def test_a_chunk_that_was_evicted_and_then_deleted_is_absent(start: Start) -> None:
+    server = await start(memory_bytes=1 << 20)
+    for key in random_keys(30, seed=3):
+        await server.put(make_frame(key, (100_000,)), "disk")
+    evicted = random_keys(1, seed=3)[0]
+    assert (await server.ask("DELETE", path_of(evicted))).status == 204
+    assert (await server.ask("GET", path_of(evicted))).json["reason"] == "absent"
 
 
 async def test_a_connection_is_used_again_after_a_miss(server: Server) -> None:

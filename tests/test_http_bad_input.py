@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +287,8 @@ async def test_segments_that_changed_places_are_found(guarded: Server) -> None:
     first, second = make_frame(KEY, (512,), groups=(1,)), make_frame(OTHER, (512,), groups=(1,))
     swapped = first.head.raw + bytes(second.payload[0])
     await _refuses_frame(guarded, swapped, "frame-corrupt")
-    half = HEAD_BYTES_OF_ONE = len(first.head.raw)
-    turned = first.head.raw + frame_bytes(first)[half + 256 :] + frame_bytes(first)[HEAD_BYTES_OF_ONE : half + 256]
-    await _refuses_frame(guarded, turned, "frame-corrupt")
+    payload = bytes(first.payload[0])
+    await _refuses_frame(guarded, first.head.raw + payload[256:] + payload[:256], "frame-corrupt")
 
 
 # Heads that lie
@@ -347,18 +347,26 @@ async def test_absurd_sizes_are_refused(guarded: Server, data: bytes) -> None:
 
 
 ABSURD_NUMBERS: list[Any] = [-1, 2**63, 10**400, 1.5, 1e300, float("nan"), float("inf"), True, None, "1", [], {}]
+SOUND_NUMBERS = dict.fromkeys(("behind.kl_nats", "distortion"), (2**63, 1.5, 1e300))
+NUMBER_FIELDS = ("tokens", "first_position", "groups", "behind.level", "behind.kl_nats", "distortion")
 
 
-@pytest.mark.parametrize("field", ["tokens", "first_position", "groups", "behind", "distortion", "behind.kl_nats"])
-@pytest.mark.parametrize("number", ABSURD_NUMBERS, ids=lambda number: str(number)[:20])
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        (field, number)
+        for field in NUMBER_FIELDS
+        for number in ABSURD_NUMBERS
+        if number not in SOUND_NUMBERS.get(field, ())
+    ],
+    ids=lambda part: str(part)[:20],
+)
 async def test_absurd_numbers_in_a_header_are_refused(guarded: Server, field: str, number: Any) -> None:
-    if field == "behind.kl_nats" and number in (2**63, 1.5, 1e300):
-        pytest.skip("is a number")
     changed = {
         "groups": [number],
-        "behind": {"level": number, "kl_nats": 0.1},
+        "behind.level": {"level": number, "kl_nats": 0.1},
         "behind.kl_nats": {"level": 0, "kl_nats": number},
-        "distortion": {"k": number},
+        "distortion": {"k": [number]},
     }.get(field, number)
     await _refuses_frame(guarded, forge_sound(KEY, b"x" * 16, **{field.partition(".")[0]: changed}), "frame-corrupt")
 
@@ -513,7 +521,7 @@ async def test_the_memory_budget_holds_for_frames_that_are_all_head(
     for key in random_keys(count, seed=7):
         data = forge(header_fields(key, **changed), [(0, 0, checksum(key, b""))] * segments)
         answer = await server.ask("PUT", path_of(key), data=data, headers=FRAME)
-        assert answer.status in (201, 400), answer.body
+        assert answer.status in (201, 400, 507), answer.body
     # The budget, and some more for what lies about while a request is served.
     assert _peak_bytes(process.pid) - before < 16 << 20
 
@@ -596,9 +604,13 @@ async def test_too_many_bytes_in_flight_are_refused_for_a_while(start: Start) ->
     server = await start(body_bytes_max=1 << 20, inflight_bytes_max=1 << 20)
     body = {"data": b"y" * 1000, "headers": {"Content-Type": "text/plain"}}
     async with _upload(server, 1 << 20) as (reader, writer):
-        answer = await server.refused("PUT", path_of(KEY), 503, "unavailable", **body)
+        # What counts is what has arrived, not what was announced.
+        writer.write(b"x" * ((1 << 20) - 500))
+        while (answer := await server.ask("PUT", path_of(OTHER), **body)).status != 503:
+            await server.ask("DELETE", path_of(OTHER))
+        assert_problem(answer, "unavailable")
         assert int(answer.headers["Retry-After"]) >= 1
-        writer.write(b"x" * ((1 << 20) - 1))
+        writer.write(b"x" * 499)
         assert (await _read_answer(reader)).startswith(b"HTTP/1.1 201")
     assert (await server.ask("PUT", path_of(KEY), **body)).status == 201
 
@@ -760,7 +772,7 @@ async def test_a_range_of_a_blob_is_served(server: Server, asked: str, first: in
 async def test_a_range_of_a_frame_may_lie_across_its_parts(server: Server) -> None:
     await server.put(SOUND)
     ends = [0, HEAD_BYTES, *level_ends(SOUND)]
-    for start, stop in [*zip(ends, ends[1:], strict=False), (HEAD_BYTES - 3, ends[2] + 3), (1, len(DATA) - 1)]:
+    for start, stop in [*pairwise(ends), (HEAD_BYTES - 3, ends[2] + 3), (1, len(DATA) - 1)]:
         answer = await server.ask("GET", path_of(KEY), headers={"Range": f"bytes={start}-{stop - 1}"})
         assert answer.status == 206
         assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(DATA)}"

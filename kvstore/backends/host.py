@@ -9,8 +9,9 @@ from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 
-OVERHEAD_BYTES = 2048
-"""What a frame costs beside its bytes: parsed header, segment table and index."""
+_FRAME_BYTES = 2048
+_SEGMENT_BYTES = 160
+_JSON_VALUE_BYTES = 80
 
 
 class HostBackend:
@@ -20,7 +21,7 @@ class HostBackend:
     whatever is deleted meanwhile.
 
     Args:
-        budget_bytes: Bytes that frames may take, `OVERHEAD_BYTES` each included.
+        budget_bytes: Bytes that frames may take, see `in_memory_bytes`.
         metrics: Where to count; its own by default.
         name: Name of the tier.
     """
@@ -51,8 +52,8 @@ class HostBackend:
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         for key in keys:
-            if self._frames.pop(key, None) is not None:
-                self._index.drop(key, Reason.ABSENT)
+            self._frames.pop(key, None)
+            self._index.drop(key, Reason.ABSENT)
         self._gauge()
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
@@ -89,7 +90,7 @@ class HostBackend:
 
     def _keep(self, key: ChunkKey, frame: Frame) -> None:
         """Hold a frame in place of whatever is held under its key."""
-        size_bytes = frame.size_bytes + OVERHEAD_BYTES
+        size_bytes = in_memory_bytes(frame)
         victims = self._index.make_room({key: size_bytes})
         for victim, _ in victims:
             del self._frames[victim]
@@ -100,3 +101,13 @@ class HostBackend:
     def _gauge(self) -> None:
         self._metrics.chunks.labels(self.name).set(len(self._index))
         self._metrics.used_bytes.labels(self.name).set(self._index.used_bytes)
+
+
+def in_memory_bytes(frame: Frame) -> int:
+    """Bytes that a frame takes in memory: its own, and what its parsed head takes as Python objects.
+
+    The second part is an estimate. Without it, small frames with large heads could take many times the budget.
+    """
+    head = frame.head
+    values = sum(head.raw.count(mark) for mark in (b",", b"[", b"{"))
+    return frame.size_bytes + _FRAME_BYTES + _SEGMENT_BYTES * len(head.segments) + _JSON_VALUE_BYTES * values

@@ -124,6 +124,8 @@ class Index:
     def drop(self, key: ChunkKey, reason: Reason) -> bool:
         """Note that a chunk is gone, and why; False where it was not held."""
         if self._held.pop(key, None) is None:
+            if reason is Reason.ABSENT:
+                self._forget(key)
             return False
         size_bytes = self._size_bytes.pop(key)
         del self._reads[key]

@@ -95,8 +95,10 @@ class LmdbBackend:
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         async with self._writing:
-            gone = [key for key in keys if self._index.drop(key, Reason.ABSENT)]
+            gone = [key for key in keys if self._index.get(key) is not None]
             await self._run(self._writer, lambda: self._store.write([], gone))
+            for key in keys:
+                self._index.drop(key, Reason.ABSENT)
         self._gauge()
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
@@ -117,15 +119,15 @@ class LmdbBackend:
         if frame is not None:
             self._index.read(want.key)
             return frame
-        if self._index.get(want.key) is not want.held:
-            # Trimmed, replaced or evicted while it was read.
-            return (await self.get([want.key], level=level))[0]
         async with self._writing:
-            if self._index.drop(want.key, Reason.CORRUPT):
+            damaged = self._index.get(want.key) is want.held
+            if damaged:
+                self._index.drop(want.key, Reason.CORRUPT)
                 self._metrics.corrupt.labels(self.name).inc()
                 await self._run(self._writer, lambda: self._store.quarantine(want.key))
         self._gauge()
-        return Miss(Reason.CORRUPT)
+        # Otherwise it was trimmed, replaced, deleted or evicted while it was read.
+        return Miss(Reason.CORRUPT) if damaged else (await self.get([want.key], level=level))[0]
 
     def _batches(self, items: Sequence[tuple[ChunkKey, Frame]]) -> Iterator[dict[ChunkKey, Frame]]:
         """Cut a put into transactions: no key twice, and room for each beside what stays."""

@@ -7,6 +7,7 @@ slow reader would pin pages until the map is full.
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,9 +30,13 @@ SLACK_BYTES = 64 << 20
 
 _PAGE_BYTES = 4096
 _QUARANTINE_FILES_MAX = 16
-_FULL_ERRNOS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# A disk that fills up in the middle of a write is a short write, which LMDB reports as EIO.
+_FULL_ERRNOS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
 _RECORD = struct.Struct("<16sBBBxI")
 _LEVEL_SIZE = struct.Struct("<Q")
+
+
+log = logging.getLogger(__name__)
 
 
 class MapFullError(BackendFullError):
@@ -67,7 +72,7 @@ class LmdbStore:
                 str(directory), map_size=budget_bytes * 5 // 4 + SLACK_BYTES, max_dbs=4, readahead=False
             )
             self._open_databases()
-        except lmdb.Error as exc:
+        except (lmdb.Error, OverflowError) as exc:
             os.close(self._lock_fd)
             raise ConfigError(f"cannot open the disk tier in {directory}: {exc}") from exc
         except ConfigError:
@@ -87,7 +92,7 @@ class LmdbStore:
         """Verified frames, in order; None where one is damaged or not there with all levels wanted."""
         with self._transaction() as txn:
             copies = [self._copy_out(txn, want) for want in wanted]
-        return [_verified(want.key, *copy) for want, copy in zip(wanted, copies, strict=True)]
+        return [_verified(want, *copy) for want, copy in zip(wanted, copies, strict=True)]
 
     def write(self, items: Iterable[tuple[ChunkKey, Frame]], gone: Iterable[ChunkKey]) -> None:
         """Delete chunks and store frames in one transaction.
@@ -114,12 +119,10 @@ class LmdbStore:
         with self._transaction() as txn:
             levels = (txn.get(_level_key(key, level), db=self._levels) for level in range(LEVELS_MAX))
             damaged = b"".join(part for part in (txn.get(key, db=self._heads), *levels) if part)
-        folder = self._directory / "quarantine"
-        folder.mkdir(exist_ok=True)
-        kept = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
-        for file in kept[: max(0, len(kept) - _QUARANTINE_FILES_MAX + 1)]:
-            file.unlink()
-        (folder / f"{key.hex()}.damaged").write_bytes(damaged)
+        try:
+            self._keep_damaged(key, damaged)
+        except OSError as exc:
+            log.warning("the damaged chunk %s could not be kept: %s", key.hex(), exc)
         self.write([], [key])
 
     def close(self) -> None:
@@ -127,17 +130,46 @@ class LmdbStore:
         self._env.close()
         os.close(self._lock_fd)
 
-    def _open_databases(self) -> None:
-        meta, self._index, self._heads, self._levels = (
-            self._env.open_db(database) for database in (b"meta", b"index", b"heads", b"levels")
-        )
-        with self._env.begin(write=True) as txn:
-            found = txn.get(b"format", db=meta)
-            if found not in (None, FORMAT):
+    def _keep_damaged(self, key: ChunkKey, damaged: bytes) -> None:
+        folder = self._directory / "quarantine"
+        folder.mkdir(exist_ok=True)
+        kept = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+        for file in kept[: max(0, len(kept) - _QUARANTINE_FILES_MAX + 1)]:
+            file.unlink()
+        (folder / f"{key.hex()}.damaged").write_bytes(damaged)
+
+    def _check_file(self) -> None:
+        """Refuse a file that was cut short: reading a page behind its end would kill the process."""
+        needed_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        found_bytes = (self._directory / "data.mdb").stat().st_size
+        if needed_bytes > found_bytes:
+            raise ConfigError(
+                f"{self._directory}/data.mdb has {found_bytes} bytes of the {needed_bytes} that it must have: "
+                "it was cut; use another data directory or a copy of the whole file"
+            )
+
+    def _check_format(self) -> None:
+        """Refuse an environment of another format before anything is written to it."""
+        try:
+            meta = self._env.open_db(b"meta", create=False)
+        except lmdb.NotFoundError:
+            if self._env.stat()["entries"]:
+                raise ConfigError(f"{self._directory} holds another program's LMDB environment") from None
+            return
+        with self._env.begin() as txn:
+            if (found := txn.get(b"format", db=meta)) != FORMAT:
                 raise ConfigError(
                     f"{self._directory} has the format {found!r}, this build knows {FORMAT!r}: "
                     "use another data directory or the version that wrote it"
                 )
+
+    def _open_databases(self) -> None:
+        self._check_file()
+        self._check_format()
+        meta, self._index, self._heads, self._levels = (
+            self._env.open_db(database) for database in (b"meta", b"index", b"heads", b"levels")
+        )
+        with self._env.begin(write=True) as txn:
             txn.put(b"format", FORMAT, db=meta)
 
     @contextmanager
@@ -150,7 +182,7 @@ class LmdbStore:
             raise MapFullError(self._name, "the LMDB map is full") from exc
         except (lmdb.Error, OSError) as exc:
             if _is_full(exc):
-                raise BackendFullError(self._name, f"the disk is full: {exc}") from exc
+                raise BackendFullError(self._name, f"the disk is full or failing: {exc}") from exc
             raise BackendError(self._name, str(exc)) from exc
 
     def _copy_out(self, txn: "lmdb.Transaction[memoryview]", want: Wanted) -> tuple[bytes | None, list[memoryview]]:
@@ -196,15 +228,15 @@ def _pages_bytes(size_bytes: int) -> int:
     return -(-(size_bytes + 16) // _PAGE_BYTES) * _PAGE_BYTES
 
 
-def _verified(key: ChunkKey, head: bytes | None, payload: list[memoryview]) -> Frame | None:
-    if head is None:
+def _verified(want: Wanted, head: bytes | None, payload: list[memoryview]) -> Frame | None:
+    if head is None or len(payload) != want.levels:
         return None
     try:
         frame = Frame(parse_head(head), tuple(payload))
-        check_copy(key, frame)
+        check_copy(want.key, frame)
     except FrameError:
         return None
-    return frame
+    return frame if frame.id == want.held.frame_id else None
 
 
 def _level_key(key: ChunkKey, level: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
@@ -30,8 +30,15 @@ class Stage(Protocol):
     Planes that a stage does not transform pass through it unchanged.
     """
 
-    name: ClassVar[str]
-    lossless: ClassVar[bool]
+    @property
+    def name(self) -> str:
+        """What pipelines call it."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives back every bit."""
+        ...
 
     def infer(self, specs: Specs) -> Specs:
         """Specs of the planes that `encode` makes of planes with these specs.

@@ -1,7 +1,9 @@
 """The application: routes, middlewares and the life of the backend that it exposes."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -17,6 +19,32 @@ from kvstore.server.receive import Receiver
 from kvstore.server.status import StatusRoutes
 
 
+class Running:
+    """Counts the requests that are being answered."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Wait until none is left, but not longer than that."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+
+RUNNING = web.AppKey("RUNNING", Running)
+
+
 def create_app(
     open_backend: Callable[[], Awaitable[Backend]], config: ServerConfig, metrics: Metrics
 ) -> web.Application:
@@ -27,7 +55,9 @@ def create_app(
         config: Limits, tokens and addresses.
         metrics: What `/metrics` shows.
     """
-    app = web.Application(middlewares=[_measure(metrics), problems], client_max_size=config.body_bytes_max)
+    running = Running()
+    app = web.Application(middlewares=[_measure(metrics, running), problems], client_max_size=config.body_bytes_max)
+    app[RUNNING] = running
     tenants = Tenants(config)
     receiver = Receiver(config, metrics)
     status = StatusRoutes(metrics)
@@ -50,13 +80,14 @@ def create_app(
     return app
 
 
-def _measure(metrics: Metrics) -> Middleware:
+def _measure(metrics: Metrics, running: Running) -> Middleware:
     """Middleware that counts requests by route, never by path."""
 
     @web.middleware
     async def measure(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_s = time.perf_counter()
-        response = await handler(request)
+        with running:
+            response = await handler(request)
         resource = request.match_info.route.resource
         route = "unknown" if resource is None else resource.canonical
         metrics.requests.labels(route, str(response.status)).inc()

@@ -57,7 +57,7 @@ def _digest(token: str) -> bytes:
 
 
 def _is_local(host: str) -> bool:
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = host.lower() if host.endswith("]") else host.lower().rsplit(":", 1)[0]
     try:
         return ip_address(name.strip("[]")).is_loopback
     except ValueError:

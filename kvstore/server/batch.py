@@ -11,7 +11,7 @@ from operator import attrgetter
 from aiohttp import web
 
 from kvstore.backend import Backend, Copy, Held, Miss, Stored
-from kvstore.errors import FrameCorruptError, KeyFormatError
+from kvstore.errors import FrameCorruptError, KeyFormatError, RequestError
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey, chunk_key, parse_hex, split_key
 from kvstore.metrics import Metrics
@@ -97,10 +97,10 @@ class BatchRoutes:
 
     async def trim(self, request: web.Request) -> web.Response:
         """Drop the levels above `?level=`."""
-        level = level_of(request)
         _, stored = await self._keys(request)
-        if level is not None:
-            await self.backend.trim(stored, level=level)
+        if (level := level_of(request)) is None:
+            raise RequestError("say which level stays: ?level=")
+        await self.backend.trim(stored, level=level)
         return web.Response(status=204)
 
     async def delete(self, request: web.Request) -> web.Response:

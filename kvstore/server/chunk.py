@@ -58,11 +58,11 @@ class ChunkRoutes:
         if isinstance(frame, Miss):
             return miss_problem(frame.reason)
         headers = _headers(frame)
-        if request.headers.get(hdrs.IF_NONE_MATCH) == headers[hdrs.ETAG]:
+        if _is_known(request, frame):
             return web.Response(status=304, headers={hdrs.ETAG: headers[hdrs.ETAG]})
         views = _body(frame)
         full_bytes = total_bytes(views)
-        wanted = _range(request, full_bytes)
+        wanted = _range(request, full_bytes, headers[hdrs.ETAG])
         response = web.StreamResponse(status=206 if wanted else 200, headers=headers)
         if wanted:
             response.headers[hdrs.CONTENT_RANGE] = f"bytes {wanted.start}-{wanted.stop - 1}/{full_bytes}"
@@ -79,7 +79,7 @@ class ChunkRoutes:
         frame = await self._find(request)
         if isinstance(frame, Miss):
             return miss_problem(frame.reason)
-        response = web.StreamResponse(headers=_headers(frame))
+        response = web.StreamResponse(status=304 if _is_known(request, frame) else 200, headers=_headers(frame))
         response.content_length = total_bytes(_body(frame))
         await response.prepare(request)
         return response
@@ -113,7 +113,7 @@ def own(key: ChunkKey, answer: Frame | Miss) -> Frame | Miss:
 def _headers(frame: Frame) -> dict[str, str]:
     return {
         hdrs.CONTENT_TYPE: FRAME_TYPE if blob_of(frame) is None else BLOB_TYPE,
-        hdrs.ETAG: f'"{frame.id.hex()}-{frame.levels}"',
+        hdrs.ETAG: f'"{_etag(frame)}"',
         hdrs.ACCEPT_RANGES: "bytes",
         "Kvstore-Levels": f"{frame.levels}/{frame.head.header.levels}",
         "X-Content-Type-Options": "nosniff",
@@ -125,21 +125,32 @@ def _body(frame: Frame) -> list[memoryview]:
     return list(frame.buffers()) if blob is None else [blob]
 
 
-def _range(request: web.Request, full_bytes: int) -> range | None:
-    """Bytes that a Range header asks for, None without one.
+def _etag(frame: Frame) -> str:
+    return f"{frame.id.hex()}-{frame.levels}"
+
+
+def _is_known(request: web.Request, frame: Frame) -> bool:
+    """Whether the client has just this already, as `If-None-Match` says."""
+    return any(tag.value in ("*", _etag(frame)) for tag in request.if_none_match or ())
+
+
+def _range(request: web.Request, full_bytes: int, etag: str) -> range | None:
+    """Bytes that a Range header asks for; None without one, or where `If-Range` names something else.
 
     Raises:
         RangeError: It is malformed, asks for several ranges, or lies behind the end.
     """
-    if hdrs.RANGE not in request.headers:
+    if hdrs.RANGE not in request.headers or request.headers.get(hdrs.IF_RANGE, etag) != etag:
         return None
     try:
-        wanted = range(full_bytes)[request.http_range]
+        wanted = request.http_range
     except ValueError as exc:
-        raise RangeError(f"Range must be one range of bytes: {exc}") from exc
-    if not wanted:
-        raise RangeError(f"the range lies outside of the {full_bytes} bytes there are")
-    return wanted
+        raise RangeError(f"Range must be one range of bytes: {exc}", full_bytes) from exc
+    # The last no bytes come out of aiohttp as all of them.
+    found = range(full_bytes)[wanted] if request.headers[hdrs.RANGE].strip() != "bytes=-0" else range(0)
+    if not found:
+        raise RangeError(f"the range lies outside of the {full_bytes} bytes there are", full_bytes)
+    return found
 
 
 def _cut(views: list[memoryview], wanted: range) -> Iterator[memoryview]:

@@ -69,7 +69,8 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _answer(request, exc)
     except web.HTTPException as exc:
         return problem(exc.status, exc.reason.lower().replace(" ", "-"), exc.text or exc.reason, headers=_kept(exc))
-    except (HttpProcessingError, web.RequestPayloadError) as exc:
+    except (HttpProcessingError, web.RequestPayloadError, ConnectionError) as exc:
+        # Where the connection is gone nobody reads this answer.
         return _closing(problem(400, "body-length", f"the body could not be read: {exc}"))
     except TimeoutError:
         return _closing(problem(408, "body-timeout", "the body did not arrive in time"))
@@ -80,6 +81,8 @@ def _answer(request: web.Request, error: KVStoreError) -> web.Response:
     headers = {}
     if isinstance(error, BackendUnavailableError):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, RangeError):
+        headers["Content-Range"] = f"bytes */{error.full_bytes}"
     if isinstance(error, AuthError):
         headers["WWW-Authenticate"] = 'Bearer realm="kvstore"'
     if status >= 500:

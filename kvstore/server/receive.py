@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from kvstore.config import ServerConfig
 from kvstore.errors import BackendUnavailableError, MediaTypeError
@@ -32,21 +32,32 @@ class Receiver:
 
         Raises:
             BodySizeError: It is announced larger than the limit.
+            MediaTypeError: It is encoded; what is stored here is compressed already.
             BackendUnavailableError: Too many bytes are in receipt already.
             TimeoutError: It arrives too slowly.
         """
+        if hdrs.CONTENT_ENCODING in request.headers:
+            raise MediaTypeError("send the body without Content-Encoding")
         limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
-        reader = BodyReader(request.content, limit_bytes, request.content_length)
-        size_bytes = reader.left_bytes
-        if self._inflight_bytes + size_bytes > self._inflight_bytes_max:
-            raise BackendUnavailableError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
-        self._inflight_bytes += size_bytes
+        reserved_bytes = 0
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._timeout_s
+
+        def arrived(size_bytes: int) -> None:
+            # What counts is what has come: an announcement alone must not keep others from sending.
+            nonlocal reserved_bytes
+            if self._inflight_bytes + size_bytes > self._inflight_bytes_max:
+                raise BackendUnavailableError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
+            reserved_bytes += size_bytes
+            self._inflight_bytes += size_bytes
+            timeout.reschedule(deadline_s + reserved_bytes / _SLOWEST_BYTES_PER_S)
+
         try:
-            async with asyncio.timeout(self._timeout_s + size_bytes / _SLOWEST_BYTES_PER_S):
-                yield reader
+            async with asyncio.timeout_at(deadline_s) as timeout:
+                yield BodyReader(request.content, limit_bytes, request.content_length, arrived)
         finally:
-            self._inflight_bytes -= size_bytes
-            self._metrics.received_bytes.inc(reader.read_bytes)
+            self._inflight_bytes -= reserved_bytes
+            self._metrics.received_bytes.inc(reserved_bytes)
 
     async def chunk(self, request: web.Request, key: ChunkKey) -> Frame:
         """The verified frame that a PUT brings for `key`; a body of another type is wrapped as an opaque blob.

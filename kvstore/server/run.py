@@ -12,7 +12,7 @@ from kvstore.backend import Backend
 from kvstore.config import ServerConfig
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
-from kvstore.server.app import create_app
+from kvstore.server.app import RUNNING, create_app
 from kvstore.tiers import open_tiers
 from kvstore.wire import READ_BYTES
 
@@ -37,8 +37,9 @@ async def running_server(
     async def opened() -> Backend:
         return await (open_backend(metrics) if open_backend else open_tiers(config, metrics))
 
+    app = create_app(opened, config, metrics)
     runner = web.AppRunner(
-        create_app(opened, config, metrics),
+        app,
         access_log=None,
         shutdown_timeout=config.shutdown_timeout_s,
         read_bufsize=READ_BYTES,
@@ -51,6 +52,9 @@ async def running_server(
         except OSError as exc:
             raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}") from exc
         yield _url(runner)
+        # aiohttp drops what clients are still sending as soon as it closes connections, so wait before that.
+        await site.stop()
+        await app[RUNNING].wait_idle(config.shutdown_timeout_s)
     finally:
         await runner.cleanup()
 

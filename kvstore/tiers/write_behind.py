@@ -6,6 +6,7 @@ limit. What is queued is visible like everything else, and `aclose` writes it ou
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
 from kvstore.backend import Ack, Backend, Copy, Held, Match, Miss, Outcome, Stored, put_outcome
@@ -45,6 +46,7 @@ class WriteBehind:
         self._metrics = metrics or Metrics()
         self._queued: dict[ChunkKey, Frame] = {}
         self._queued_bytes = 0
+        self._passing: Counter[ChunkKey] = Counter()
         self._wake = asyncio.Event()
         self._inner_busy = asyncio.Lock()
         self._closing = False
@@ -75,11 +77,14 @@ class WriteBehind:
             raise BackendUnavailableError(self.name, "is closing")
         if ack >= self._inner_ack:
             return await self._put_through(items, ack)
-        size_bytes = sum(frame.size_bytes for _, frame in items)
-        if size_bytes > self._queue_bytes_max:
+        if sum(frame.size_bytes for _, frame in items) > self._queue_bytes_max:
             # It could never be queued, however often it is tried again.
             return await self._put_through(items, self._inner_ack)
-        self._reserve(size_bytes)
+        while any(key in self._passing for key, _ in items):
+            # Another put of the same chunk is on its way to the inner backend: it decides first.
+            async with self._inner_busy:
+                pass
+        self._reserve(sum([frame.size_bytes for key, frame in items if await self._is_news(key, frame)]))
         return [await self._accept(key, frame) for key, frame in items]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
@@ -121,8 +126,14 @@ class WriteBehind:
         await self._inner.aclose()
 
     async def _put_through(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
-        async with self._inner_busy:
-            stored = await self._inner.put(items, ack=ack)
+        keys = [key for key, _ in items]
+        self._passing.update(keys)
+        try:
+            async with self._inner_busy:
+                stored = await self._inner.put(items, ack=ack)
+        finally:
+            self._passing.subtract(keys)
+            self._passing += Counter()
         for (key, frame), result in zip(items, stored, strict=True):
             if result.outcome is not Outcome.FAILED and self._queued.get(key) is frame:
                 self._dequeue(key)
@@ -133,6 +144,9 @@ class WriteBehind:
             return self._held(frame)
         match = await self._inner.match([key])
         return match.held[0] if match.held else None
+
+    async def _is_news(self, key: ChunkKey, frame: Frame) -> bool:
+        return put_outcome(await self._find(key), frame) in (Outcome.WRITTEN, Outcome.EXTENDED)
 
     async def _accept(self, key: ChunkKey, frame: Frame) -> Stored:
         """Queue a frame, unless it is there already."""
