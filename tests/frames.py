@@ -3,17 +3,15 @@
 import json
 import random
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from kvstore.frame import Frame, pack_frame
-from kvstore.header import Behind, Header
+from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, chunk_key
 
-PLANES = ("k", "v")
 PREFIX = struct.Struct("<8sHHIIIQQ")
 ROW = struct.Struct("<QQQ")
 MAGIC = bytes.fromhex("894b56460d0a1a0a")
@@ -24,31 +22,6 @@ def random_keys(count: int, *, seed: int = 0, namespace: bytes | None = None) ->
     rng = random.Random(seed)
     common = rng.randbytes(NAMESPACE_BYTES) if namespace is None else namespace
     return [chunk_key(common, rng.randbytes(DIGEST_BYTES)) for _ in range(count)]
-
-
-def make_frame(
-    key: ChunkKey,
-    level_bytes: Sequence[int] = (1000, 500, 250),
-    *,
-    groups: Sequence[int] = (2, 2),
-    behind: Behind | None = None,
-    seed: int = 0,
-) -> Frame:
-    """Whole frame of random bytes; another seed makes another frame for the same key.
-
-    Args:
-        key: Key that the header names.
-        level_bytes: Bytes of every level before padding, shared out over its segments.
-        groups: Layers of every layer group; each has one segment for `k` and one for `v` in every level.
-        behind: What a derived chunk stands on.
-        seed: Chooses the bytes.
-    """
-    rng = random.Random(f"{key.hex()} {seed}")
-    planes = tuple(tuple(f"{name}.{level}" for name in PLANES) for level in range(len(level_bytes)))
-    header = Header(key, 256, 0, tuple(groups), planes, ({"stage": "test", "seed": seed},), behind=behind)
-    count = len(groups) * len(PLANES)
-    segments = [rng.randbytes(share) for size in level_bytes for share in _shares(size, count)]
-    return pack_frame(header, segments)
 
 
 def frame_bytes(frame: Frame) -> bytes:
@@ -131,8 +104,3 @@ def flipped(data: bytes, position: int, bit: int = 0) -> bytes:
     damaged = bytearray(data)
     damaged[position] ^= 1 << bit
     return bytes(damaged)
-
-
-def _shares(size_bytes: int, count: int) -> Iterator[int]:
-    for part in range(count):
-        yield size_bytes * (part + 1) // count - size_bytes * part // count

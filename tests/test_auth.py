@@ -15,9 +15,10 @@ from kvstore.errors import AuthError, ConfigError
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 from kvstore.server import create_app
+from kvstore.testing import make_frame
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE
 from tests.conftest import FRAME, Answer, Server, Start, path_of
-from tests.frames import batch_bytes, frame_bytes, make_frame, random_keys
+from tests.frames import batch_bytes, frame_bytes, random_keys
 
 TOKEN = "t0p secret"
 KEY, OTHER = random_keys(2)

@@ -16,8 +16,9 @@ import kvstore
 from kvstore.cli import main
 from kvstore.config import ServerConfig
 from kvstore.server import running_server
+from kvstore.testing import make_frame
 from tests.conftest import Serve, Server, path_of
-from tests.frames import make_frame, random_keys
+from tests.frames import random_keys
 
 KEY = random_keys(1)[0]
 Refusal = Callable[..., str]

@@ -12,9 +12,10 @@ import pytest
 from kvstore.errors import BackendFullError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
+from kvstore.testing import make_frame
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE
 from tests.conftest import FRAME, Process, Serve, Server, Start, path_of
-from tests.frames import batch_bytes, frame_bytes, make_frame, random_keys
+from tests.frames import batch_bytes, frame_bytes, random_keys
 
 KEY, NEIGHBOUR = random_keys(2)
 NAMESPACE = KEY[:16].hex()

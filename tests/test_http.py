@@ -12,9 +12,10 @@ import kvstore
 from kvstore.frame import Frame
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey
+from kvstore.testing import make_frame
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, FRAME_TYPE
 from tests.conftest import FRAME, Answer, Server, Start, path_of
-from tests.frames import batch_bytes, checksum, forge, frame_bytes, header_fields, level_ends, make_frame, random_keys
+from tests.frames import batch_bytes, checksum, forge, frame_bytes, header_fields, level_ends, random_keys
 
 KEYS = random_keys(12)
 KEY = KEYS[0]

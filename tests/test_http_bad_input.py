@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from kvstore.testing import make_frame
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE
 from tests.conftest import FRAME, Answer, Serve, Server, Start, assert_problem, path_of
 from tests.frames import (
@@ -25,7 +26,6 @@ from tests.frames import (
     frame_bytes,
     header_fields,
     level_ends,
-    make_frame,
     random_keys,
 )
 

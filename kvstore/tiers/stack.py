@@ -17,6 +17,7 @@ from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 
 _COPY = attrgetter("copy")
+_WINDOW = 1024
 _OUTCOME_RANKS = (Outcome.OTHER, Outcome.EXISTS, Outcome.EXTENDED, Outcome.WRITTEN)
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class TieredBackend:
         run: list[Held] = []
         miss: Miss | None = None
         while len(run) < len(keys) and miss is None:
-            longer, miss = await self._longest_run(keys[len(run) :] if run else keys)
+            longer, miss = await self._longest_run(keys[len(run) : len(run) + _WINDOW] if run else keys)
             if longer:
                 run, miss = run + longer, None
         return Match(await self._with_all_levels(keys, run), miss)
