@@ -8,7 +8,6 @@ docs/format.md is the specification.
 """
 
 import hashlib
-import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from kvstore.buffers import allocate
 from kvstore.errors import FrameCorruptError, FrameVersionError, LayoutMismatchError
 from kvstore.header import HEADER_BYTES_MAX, Header, blob_header, dump_header, load_header
 from kvstore.keys import ChunkKey
@@ -36,7 +36,6 @@ _PREFIX = struct.Struct("<8sHHIIIQQ")
 _CHECKSUM_OFFSET = 32
 _SEGMENT = struct.Struct("<QQQ")
 PREFIX_BYTES = _PREFIX.size
-_HUGE_BYTES = 4 << 20
 
 Buffer = bytes | bytearray | memoryview
 
@@ -165,20 +164,6 @@ class Frame:
                 offset, length, _ = next(table)
                 yield view[offset - start : _padded(offset - start + length)]
             start += len(view)
-
-
-def allocate(size_bytes: int) -> memoryview:
-    """A writable buffer for a payload; its bytes are undefined until they are written.
-
-    Large ones are private mappings with huge pages: faulting in a fresh 32 MiB buffer page by page takes longer than
-    receiving it.
-    """
-    if size_bytes < _HUGE_BYTES:
-        return memoryview(bytearray(size_bytes))
-    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapping)
 
 
 def padded_bytes(length: int) -> int:

@@ -11,13 +11,13 @@ from aiohttp import StreamReader, payload
 from aiohttp.abc import AbstractStreamWriter
 
 from kvstore.backend import Miss, Reason
+from kvstore.buffers import allocate
 from kvstore.errors import BodyLengthError, BodySizeError, FrameCorruptError
 from kvstore.frame import (
     HEAD_BYTES_MAX,
     PREFIX_BYTES,
     Frame,
     Head,
-    allocate,
     head_bytes,
     padded_bytes,
     parse_head,

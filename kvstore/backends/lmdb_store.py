@@ -19,8 +19,9 @@ import lmdb
 
 from kvstore.backend import Copy, Held, check_copy
 from kvstore.backends.index import shared_copy
+from kvstore.buffers import allocate
 from kvstore.errors import BackendError, BackendFullError, ConfigError, FrameError
-from kvstore.frame import Frame, allocate, parse_head
+from kvstore.frame import Frame, parse_head
 from kvstore.header import LEVELS_MAX
 from kvstore.keys import KEY_BYTES, ChunkKey
 

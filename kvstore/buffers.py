@@ -1,0 +1,86 @@
+"""Buffers for payloads, used again once nobody holds them.
+
+Touching fresh memory costs more than filling it: the kernel clears every page, and a virtual machine that gives free
+memory back to its host has to ask for it again, at milliseconds a huge page. So large buffers come from a pool. A
+buffer returns to it by itself when the last view of it is gone, wherever that happens, so nobody has to release
+anything and nothing that is still being read is ever written to.
+"""
+
+import ctypes
+import mmap
+import weakref
+from collections import defaultdict, deque
+
+POOLED_BYTES_MIN = 256 << 10
+"""Smaller buffers come from the ordinary heap."""
+POOL_BYTES_MAX = 128 << 20
+"""Bytes that a pool keeps for later, beside those in use."""
+
+_HUGE_BYTES = 2 << 20
+_CLASSES_PER_DOUBLING = 8
+
+
+class BufferPool:
+    """Memory mappings by size class.
+
+    Args:
+        limit_bytes: Most bytes that are kept for later.
+    """
+
+    def __init__(self, limit_bytes: int = POOL_BYTES_MAX) -> None:
+        self.free_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._free: defaultdict[int, deque[mmap.mmap]] = defaultdict(deque)
+        self._in_use: dict[int, weakref.ref[ctypes.Array[ctypes.c_char]]] = {}
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """A writable buffer; its bytes are undefined until they are written."""
+        if size_bytes < POOLED_BYTES_MIN:
+            return memoryview(bytearray(size_bytes))
+        class_bytes = _class_bytes(size_bytes)
+        mapping = self._take(class_bytes) or _map(class_bytes)
+        # Every view keeps this array alive, so its end is the end of the last view.
+        array = (ctypes.c_char * size_bytes).from_buffer(mapping)
+        number = id(array)
+
+        def returned(_: object) -> None:
+            del self._in_use[number]
+            self._give(class_bytes, mapping)
+
+        self._in_use[number] = weakref.ref(array, returned)
+        return memoryview(array).cast("B")
+
+    def _take(self, class_bytes: int) -> mmap.mmap | None:
+        try:
+            mapping = self._free[class_bytes].pop()
+        except IndexError:
+            return None
+        self.free_bytes -= class_bytes
+        return mapping
+
+    def _give(self, class_bytes: int, mapping: mmap.mmap) -> None:
+        # May run in any thread, wherever a last view is dropped; a race makes the count of bytes a little wrong.
+        if self.free_bytes + class_bytes <= self._limit_bytes:
+            self._free[class_bytes].append(mapping)
+            self.free_bytes += class_bytes
+
+
+_POOL = BufferPool()
+
+
+def allocate(size_bytes: int) -> memoryview:
+    """A writable buffer for a payload; its bytes are undefined until they are written."""
+    return _POOL.allocate(size_bytes)
+
+
+def _class_bytes(size_bytes: int) -> int:
+    """The size rounded up so that a buffer wastes at most an eighth and sizes that are near share a class."""
+    step = 1 << max(0, size_bytes.bit_length() - 1 - _CLASSES_PER_DOUBLING.bit_length() + 1)
+    return -(-size_bytes // step) * step
+
+
+def _map(size_bytes: int) -> mmap.mmap:
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
