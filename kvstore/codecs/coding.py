@@ -1,5 +1,6 @@
 """Between planes and frames: run a pipeline on every layer group, and lay its planes out level by level."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -194,7 +195,10 @@ def _distortion(
             for name, plane in part.items():
                 error[name] += _squares(plane.float() - decoded[name].to(plane.dtype).float())
         for name in planes:
-            errors[name].append(float(f"{error[name] / power[name]:.6g}") if power[name] else 0.0)
+            relative = error[name] / power[name] if power[name] else 0.0
+            if not math.isfinite(relative):
+                raise PipelineError(f"plane {name!r} has values too large for float32 arithmetic; use 'raw'")
+            errors[name].append(float(f"{relative:.6g}"))
     return {name: tuple(values) for name, values in errors.items()}
 
 

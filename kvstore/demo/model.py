@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout, PlaneSpec, Rope
 
-DEFAULT_MODEL = Path(__file__).parent / "model"
+DEFAULT_MODEL = Path(__file__).parent / "shakespeare-llama"
 DEFAULT_TEXT = Path(__file__).parent / "prompt.txt"
 
 

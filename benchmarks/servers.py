@@ -1,0 +1,93 @@
+"""Servers under test, each its own process for as long as a block runs."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_START_S = 30.0
+_STOP_S = 30.0
+
+_REDIS_CONFIG = """\
+port {port}
+bind 127.0.0.1
+dir {directory}
+save ""
+appendonly no
+maxmemory 2gb
+maxmemory-policy allkeys-lru
+io-threads 2
+io-threads-do-reads yes
+client-output-buffer-limit normal 0 0 0
+"""
+
+
+@contextmanager
+def kvstore_server(*, memory: str = "2GiB") -> Iterator[str]:
+    """A kvstore server without a disk tier; yields its URL.
+
+    Args:
+        memory: Budget of its memory tier.
+    """
+    with TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "kvstore", "serve", "--port", "0", "--disk", "0"]
+        command += ["--memory", memory, "--data-dir", directory]
+        with _process(command) as process:
+            assert process.stdout is not None, "_process pipes it"
+            line = process.stdout.readline()
+            if not line.startswith("listening on "):
+                raise RuntimeError(f"the server did not start: it printed {line!r}")
+            yield line.removeprefix("listening on ").strip()
+
+
+@contextmanager
+def redis_server() -> Iterator[int]:
+    """A Redis server that persists nothing; yields its port. Needs `redis-server` on the path."""
+    program = shutil.which("redis-server")
+    assert program is not None, "the caller has looked for it"
+    with TemporaryDirectory() as directory:
+        port = _free_port()
+        config = Path(directory) / "redis.conf"
+        config.write_text(_REDIS_CONFIG.format(port=port, directory=directory), "utf-8")
+        with _process([program, str(config)]) as process:
+            _wait_for(port, process)
+            yield port
+
+
+@contextmanager
+def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is stopped when the block ends, however it ends."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    raise RuntimeError(f"{process.args!r} does not listen on port {port}")
