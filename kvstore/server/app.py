@@ -16,13 +16,15 @@ from kvstore.server.batch import BatchRoutes
 from kvstore.server.chunk import ChunkRoutes
 from kvstore.server.problems import Handler, problems
 from kvstore.server.receive import Receiver
+from kvstore.server.send import Sender
 from kvstore.server.status import StatusRoutes
 
 
 class Running:
-    """Counts the requests that are being answered."""
+    """Whether requests are welcome, and how many are being answered."""
 
     def __init__(self) -> None:
+        self.ready = False
         self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,22 +62,19 @@ def create_app(
     app[RUNNING] = running
     tenants = Tenants(config)
     receiver = Receiver(config, metrics)
-    status = StatusRoutes(metrics)
-    chunk = ChunkRoutes(tenants, receiver, metrics)
-    batch = BatchRoutes(tenants, receiver, metrics)
+    sender = Sender(config, metrics)
+    status = StatusRoutes(metrics, lambda: running.ready)
+    chunk = ChunkRoutes(tenants, receiver, sender)
+    batch = BatchRoutes(tenants, receiver, sender)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         backend = await open_backend()
         chunk.backend = batch.backend = backend
-        status.ready = True
+        running.ready = True
         yield
         await backend.aclose()
 
-    async def drain(_: web.Application) -> None:
-        status.ready = False
-
     app.cleanup_ctx.append(life)
-    app.on_shutdown.append(drain)
     app.add_routes([*status.routes(), *chunk.routes(), *batch.routes()])
     return app
 

@@ -4,6 +4,7 @@ Keys come as one namespace in the query and digests, 32 bytes each, in the body.
 (`kvstore.wire`).
 """
 
+import asyncio
 import struct
 from itertools import chain, groupby, islice
 from operator import attrgetter
@@ -12,21 +13,20 @@ from typing import cast
 from aiohttp import web
 
 from kvstore.backend import Backend, Copy, Held, Miss, Stored
-from kvstore.errors import FrameCorruptError, KeyFormatError, RequestError
+from kvstore.errors import RequestError
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey, chunk_key, parse_hex, split_key
-from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
 from kvstore.server.chunk import own
 from kvstore.server.query import ack_of, level_of, namespace_of
-from kvstore.server.receive import Receiver, require_type
-from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, batch_views, read_batch, send_views, total_bytes
+from kvstore.server.receive import Receiver
+from kvstore.server.send import Sender
+from kvstore.wire import BATCH_TYPE, batch_views
 
-KEYS_MAX = 1 << 16
-"""Keys of one request."""
 SCAN_PAGE = 4096
 
 _GET_WINDOW = 8
+_GET_KEYS_MAX = 1024
 _COPY = attrgetter("copy")
 _ONE = struct.Struct(f"{DIGEST_BYTES}s")
 _MANY = struct.Struct(f"{DIGEST_BYTES}s" * 250)
@@ -37,10 +37,10 @@ class BatchRoutes:
 
     backend: Backend
 
-    def __init__(self, tenants: Tenants, receiver: Receiver, metrics: Metrics) -> None:
+    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender) -> None:
         self._tenants = tenants
         self._receiver = receiver
-        self._metrics = metrics
+        self._sender = sender
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -70,30 +70,26 @@ class BatchRoutes:
         level = level_of(request)
         keys, stored = await self._keys(request)
         records: list[Frame | Miss] = []
-        size_bytes = 0
-        while len(records) < len(keys) and size_bytes < self._receiver.limit_bytes:
-            window = slice(len(records), len(records) + _GET_WINDOW)
-            found = await self.backend.get(stored[window], level=level)
-            records += [own(key, frame) for key, frame in zip(keys[window], found, strict=True)]
-            size_bytes = sum(record.size_bytes for record in records if isinstance(record, Frame))
-        views = list(batch_views(records))
-        response = web.StreamResponse(headers={"Content-Type": BATCH_TYPE})
-        response.content_length = total_bytes(views)
-        await response.prepare(request)
-        await send_views(response.write, views)
-        self._metrics.sent_bytes.inc(size_bytes)
-        await response.write_eof()
-        return response
+        room_bytes = self._receiver.limit_bytes
+        while len(records) < min(len(keys), _GET_KEYS_MAX):
+            start = len(records)
+            count = await self._fitting(stored[start : start + _GET_WINDOW], level, room_bytes)
+            if records and not count:
+                break
+            end = start + max(1, count)
+            found = await self.backend.get(stored[start:end], level=level)
+            records += [own(key, frame) for key, frame in zip(keys[start:end], found, strict=True)]
+            room_bytes -= sum(frame.size_bytes for frame in found if isinstance(frame, Frame))
+            # What memory answers never waits, and others want their turn.
+            await asyncio.sleep(0)
+        return await self._sender.send(request, 200, {"Content-Type": BATCH_TYPE}, list(batch_views(records)))
 
     async def put(self, request: web.Request) -> web.Response:
         """Store frames; the answer says of each what became of it."""
         tenant = self._tenants.authenticate(request)
         ack = ack_of(request)
-        require_type(request, BATCH_TYPE)
-        async with self._receiver.body(request) as body:
-            frames = [record async for record in read_batch(body)]
-        items = [self._item(tenant, frame) for frame in frames]
-        stored = await self.backend.put(items, ack=ack)
+        async with self._receiver.batch(request) as frames:
+            stored = await self.backend.put([(self._stored_key(tenant, frame), frame) for frame in frames], ack=ack)
         return web.json_response({"stored": [_stored_json(result) for result in stored]})
 
     async def trim(self, request: web.Request) -> web.Response:
@@ -128,21 +124,24 @@ class BatchRoutes:
         """
         tenant = self._tenants.authenticate(request)
         namespace = namespace_of(request)
-        require_type(request, DIGESTS_TYPE)
-        async with self._receiver.body(request, KEYS_MAX * DIGEST_BYTES) as body:
-            digests = b"".join([bytes(part) async for part in body.parts()])
-        if len(digests) % DIGEST_BYTES:
-            raise KeyFormatError(f"the body must be digests of {DIGEST_BYTES} bytes each")
+        digests = await self._receiver.digests(request)
         keys = _with_namespace(namespace, digests)
         scoped = self._tenants.scope(tenant, namespace)
         return keys, keys if scoped == namespace else _with_namespace(scoped, digests)
 
-    def _item(self, tenant: str, frame: Frame | Miss) -> tuple[ChunkKey, Frame]:
-        if isinstance(frame, Miss):
-            raise FrameCorruptError("a put brings frames, not misses")
-        frame.verify()
+    def _stored_key(self, tenant: str, frame: Frame) -> ChunkKey:
         namespace, digest = split_key(frame.key)
-        return chunk_key(self._tenants.scope(tenant, namespace), digest), frame
+        return chunk_key(self._tenants.scope(tenant, namespace), digest)
+
+    async def _fitting(self, keys: list[ChunkKey], level: int | None, room_bytes: int) -> int:
+        """Number of leading keys whose frames fit into the room; the first one that is not held ends the count."""
+        held, _ = await self.backend.match(keys)
+        for count, (_, copy) in enumerate(held):
+            levels = len(copy.level_bytes) if level is None else level + 1
+            room_bytes -= copy.head_bytes + sum(copy.level_bytes[:levels])
+            if room_bytes < 0:
+                return count
+        return min(len(held) + 1, len(keys))
 
 
 def _with_namespace(namespace: bytes, digests: bytes) -> list[ChunkKey]:

@@ -8,12 +8,12 @@ from kvstore.backend import Backend, Miss, Outcome, Reason
 from kvstore.errors import RangeError
 from kvstore.frame import Frame, blob_of
 from kvstore.keys import ChunkKey, chunk_key, split_key
-from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
 from kvstore.server.problems import miss_problem
 from kvstore.server.query import ack_of, level_of, url_key
 from kvstore.server.receive import Receiver
-from kvstore.wire import BLOB_TYPE, FRAME_TYPE, send_views, total_bytes
+from kvstore.server.send import Sender
+from kvstore.wire import BLOB_TYPE, FRAME_TYPE, total_bytes
 
 PATH = "/v1/kv/{namespace}/{digest}"
 
@@ -23,10 +23,10 @@ class ChunkRoutes:
 
     backend: Backend
 
-    def __init__(self, tenants: Tenants, receiver: Receiver, metrics: Metrics) -> None:
+    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender) -> None:
         self._tenants = tenants
         self._receiver = receiver
-        self._metrics = metrics
+        self._sender = sender
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -41,8 +41,8 @@ class ChunkRoutes:
         """Store a frame or an opaque blob."""
         key, stored_key = self._keys(request)
         ack = ack_of(request)
-        frame = await self._receiver.chunk(request, key)
-        [stored] = await self.backend.put([(stored_key, frame)], ack=ack)
+        async with self._receiver.chunk(request, key) as frame:
+            [stored] = await self.backend.put([(stored_key, frame)], ack=ack)
         if stored.error is not None or stored.ack is None:
             raise stored.error or AssertionError("a put that is not held has an error")
         reached = stored.ack.name.lower()
@@ -63,16 +63,10 @@ class ChunkRoutes:
         views = _body(frame)
         full_bytes = total_bytes(views)
         wanted = _range(request, full_bytes, headers[hdrs.ETAG])
-        response = web.StreamResponse(status=206 if wanted else 200, headers=headers)
         if wanted:
-            response.headers[hdrs.CONTENT_RANGE] = f"bytes {wanted.start}-{wanted.stop - 1}/{full_bytes}"
+            headers[hdrs.CONTENT_RANGE] = f"bytes {wanted.start}-{wanted.stop - 1}/{full_bytes}"
             views = list(_cut(views, wanted))
-        response.content_length = total_bytes(views)
-        await response.prepare(request)
-        await send_views(response.write, views)
-        self._metrics.sent_bytes.inc(response.content_length)
-        await response.write_eof()
-        return response
+        return await self._sender.send(request, 206 if wanted else 200, headers, views)
 
     async def head(self, request: web.Request) -> web.StreamResponse:
         """The headers of a GET."""

@@ -74,6 +74,9 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _closing(problem(400, "body-length", f"the body could not be read: {exc}"))
     except TimeoutError:
         return _closing(problem(408, "body-timeout", "the body did not arrive in time"))
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _closing(problem(500, KVStoreError.code, "something failed here that should not; see the server's log"))
 
 
 def _answer(request: web.Request, error: KVStoreError) -> web.Response:

@@ -1,23 +1,40 @@
 """Bodies on their way in: bounded in size, in time and in how many there are at once."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 
+from kvstore.backend import Miss
 from kvstore.config import ServerConfig
-from kvstore.errors import BackendUnavailableError, MediaTypeError
+from kvstore.errors import (
+    BackendUnavailableError,
+    BodySizeError,
+    FrameCorruptError,
+    KeyFormatError,
+    MediaTypeError,
+)
 from kvstore.frame import Frame, blob_frame
-from kvstore.keys import ChunkKey
+from kvstore.keys import DIGEST_BYTES, ChunkKey
 from kvstore.metrics import Metrics
-from kvstore.wire import FRAME_TYPE, BodyReader, read_blob, read_frame
+from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, FRAME_TYPE, BodyReader, read_batch, read_blob, read_frame
 
-_SLOWEST_BYTES_PER_S = 1e6
+SLOWEST_BYTES_PER_S = 1e6
+"""A peer that sends or takes a body more slowly than this is not waited for."""
+KEYS_MAX = 1 << 16
+"""Keys of one request."""
+FRAMES_MAX = 4096
+"""Frames of one put."""
 
 
 class Receiver:
-    """Reads request bodies within the limits of a configuration."""
+    """Reads request bodies within the limits of a configuration.
+
+    What has arrived counts against the limit of bytes in receipt until whoever asked for it is done with it: a put
+    that waits for a disk holds its frames in memory, too.
+    """
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self.limit_bytes = config.body_bytes_max
@@ -27,7 +44,70 @@ class Receiver:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def body(self, request: web.Request, limit_bytes: int | None = None) -> AsyncIterator[BodyReader]:
+    async def chunk(self, request: web.Request, key: ChunkKey) -> AsyncIterator[Frame]:
+        """The verified frame that a PUT brings for `key`; a body of another type is wrapped as an opaque blob.
+
+        Raises:
+            FrameError: The body is said to be a frame and is not a sound one of this key.
+        """
+        with self._receipt() as receipt:
+            async with self._reading(request, receipt, self.limit_bytes) as reader:
+                if request.content_type == FRAME_TYPE:
+                    frame = await read_frame(reader, reader.announced_bytes)
+                    await reader.end()
+                else:
+                    frame = blob_frame(key, *await read_blob(reader))
+            frame.verify(key)
+            yield frame
+
+    @asynccontextmanager
+    async def batch(self, request: web.Request) -> AsyncIterator[list[Frame]]:
+        """The verified frames of a batch.
+
+        Raises:
+            MediaTypeError: The body is no batch.
+            FrameError: A record is damaged, or a miss.
+            BodySizeError: There are more than `FRAMES_MAX`.
+        """
+        require_type(request, BATCH_TYPE)
+        frames: list[Frame] = []
+        with self._receipt() as receipt:
+            async with self._reading(request, receipt, self.limit_bytes) as reader:
+                async for record in read_batch(reader):
+                    if isinstance(record, Miss):
+                        raise FrameCorruptError("a put brings frames, not misses")
+                    if len(frames) == FRAMES_MAX:
+                        raise BodySizeError(f"a batch has at most {FRAMES_MAX} frames")
+                    record.verify()
+                    frames.append(record)
+            yield frames
+
+    async def digests(self, request: web.Request) -> bytes:
+        """The digests that a request names its keys by.
+
+        Raises:
+            MediaTypeError: The body is something else.
+            KeyFormatError: It is not a sequence of digests.
+        """
+        require_type(request, DIGESTS_TYPE)
+        with self._receipt() as receipt:
+            async with self._reading(request, receipt, KEYS_MAX * DIGEST_BYTES) as reader:
+                digests = b"".join([bytes(part) async for part in reader.parts()])
+        if len(digests) % DIGEST_BYTES:
+            raise KeyFormatError(f"the body must be digests of {DIGEST_BYTES} bytes each")
+        return digests
+
+    @contextmanager
+    def _receipt(self) -> Iterator["_Receipt"]:
+        receipt = _Receipt()
+        try:
+            yield receipt
+        finally:
+            self._inflight_bytes -= receipt.size_bytes
+            self._metrics.received_bytes.inc(receipt.size_bytes)
+
+    @asynccontextmanager
+    async def _reading(self, request: web.Request, receipt: "_Receipt", limit_bytes: int) -> AsyncIterator[BodyReader]:
         """The body of a request, for as long as it is read.
 
         Raises:
@@ -38,41 +118,25 @@ class Receiver:
         """
         if hdrs.CONTENT_ENCODING in request.headers:
             raise MediaTypeError("send the body without Content-Encoding")
-        limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
-        reserved_bytes = 0
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._timeout_s
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
 
         def arrived(size_bytes: int) -> None:
             # What counts is what has come: an announcement alone must not keep others from sending.
-            nonlocal reserved_bytes
             if self._inflight_bytes + size_bytes > self._inflight_bytes_max:
                 raise BackendUnavailableError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
-            reserved_bytes += size_bytes
+            receipt.size_bytes += size_bytes
             self._inflight_bytes += size_bytes
-            timeout.reschedule(deadline_s + reserved_bytes / _SLOWEST_BYTES_PER_S)
+            timeout.reschedule(deadline_s + receipt.size_bytes / SLOWEST_BYTES_PER_S)
 
-        try:
-            async with asyncio.timeout_at(deadline_s) as timeout:
-                yield BodyReader(request.content, limit_bytes, request.content_length, arrived)
-        finally:
-            self._inflight_bytes -= reserved_bytes
-            self._metrics.received_bytes.inc(reserved_bytes)
+        async with asyncio.timeout_at(deadline_s) as timeout:
+            yield BodyReader(request.content, limit_bytes, request.content_length, arrived)
 
-    async def chunk(self, request: web.Request, key: ChunkKey) -> Frame:
-        """The verified frame that a PUT brings for `key`; a body of another type is wrapped as an opaque blob.
 
-        Raises:
-            FrameError: The body is said to be a frame and is not a sound one of this key.
-        """
-        async with self.body(request) as reader:
-            if request.content_type != FRAME_TYPE:
-                buffer, length = await read_blob(reader)
-                return blob_frame(key, buffer, length)
-            frame = await read_frame(reader, reader.announced_bytes)
-            await reader.end()
-        frame.verify(key)
-        return frame
+@dataclass(slots=True)
+class _Receipt:
+    """Bytes of one body that count as being in receipt."""
+
+    size_bytes: int = 0
 
 
 def require_type(request: web.Request, content_type: str) -> None:

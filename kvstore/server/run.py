@@ -53,6 +53,7 @@ async def running_server(
             raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}") from exc
         yield _url(runner)
         # aiohttp drops what clients are still sending as soon as it closes connections, so wait before that.
+        app[RUNNING].ready = False
         await site.stop()
         await app[RUNNING].wait_idle(config.shutdown_timeout_s)
     finally:

@@ -1,5 +1,7 @@
 """How the server is: health, readiness, metrics, version. No token is needed; nothing here tells what is stored."""
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 import kvstore
@@ -8,12 +10,16 @@ from kvstore.metrics import Metrics
 
 
 class StatusRoutes:
-    """Handlers for probes and scrapers. `ready` is true while requests are served."""
+    """Handlers for probes and scrapers.
 
-    ready = False
+    Args:
+        metrics: What `/metrics` shows.
+        is_ready: Tells whether requests are welcome.
+    """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, is_ready: Callable[[], bool]) -> None:
         self._metrics = metrics
+        self._is_ready = is_ready
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -30,7 +36,8 @@ class StatusRoutes:
 
     async def readiness(self, _: web.Request) -> web.Response:
         """Requests are served."""
-        return web.json_response({"ready": self.ready}, status=200 if self.ready else 503)
+        ready = self._is_ready()
+        return web.json_response({"ready": ready}, status=200 if ready else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Prometheus' text format."""
