@@ -60,9 +60,12 @@ class BufferPool:
 
     def _give(self, class_bytes: int, mapping: mmap.mmap) -> None:
         # May run in any thread, wherever a last view is dropped; a race makes the count of bytes a little wrong.
-        if self.free_bytes + class_bytes <= self._limit_bytes:
-            self._free[class_bytes].append(mapping)
-            self.free_bytes += class_bytes
+        self._free[class_bytes].append(mapping)
+        self.free_bytes += class_bytes
+        # What was asked for lately is what will be asked for: buffers of other sizes go first.
+        for other in sorted(self._free, key=lambda size_bytes: size_bytes == class_bytes):
+            while self.free_bytes > self._limit_bytes and self._take(other) is not None:
+                pass
 
 
 _POOL = BufferPool()

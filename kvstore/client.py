@@ -38,6 +38,7 @@ from kvstore.wire import (
 GET_KEYS_MAX = 256
 MATCH_KEYS_MAX = 1 << 16
 PUT_BYTES = 64 << 20
+PUT_FRAMES = 1024
 _ANSWER_BYTES_MAX = 16 << 20
 
 Answer = Mapping[str, Any]
@@ -92,7 +93,8 @@ class Client:
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         held: list[Held] = []
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            part = await self._post("/v1/match", {"namespace": namespace}, _body(digests), _parse_match)
+            parse = partial(_parse_match, len(digests) // DIGEST_BYTES)
+            part = await self._post("/v1/match", {"namespace": namespace}, _body(digests), parse)
             held += part.held
             if part.miss is not None:
                 return Match(held, part.miss)
@@ -112,7 +114,9 @@ class Client:
         stored: list[Stored] = []
         for frames in _bodies(items):
             payload = ViewsPayload(list(batch_views(frames)), BATCH_TYPE)
-            stored += await self._post("/v1/put", {"ack": ack.name.lower()}, payload, self._parse_puts)
+            stored += await self._post(
+                "/v1/put", {"ack": ack.name.lower()}, payload, partial(self._parse_puts, len(frames))
+            )
         return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
@@ -154,7 +158,7 @@ class Client:
         async with self._request(method, path, query, body) as response:
             try:
                 return parse({} if response.status == 204 else await _read_json(response))
-            except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
                 raise BackendError(self.name, f"{self.url}{path} gave an answer that is none: {exc!r}") from exc
 
     async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
@@ -174,7 +178,9 @@ class Client:
             raise BackendError(self.name, "the server answered a batch without records")
         return found
 
-    def _parse_puts(self, answer: Answer) -> list[Stored]:
+    def _parse_puts(self, frames: int, answer: Answer) -> list[Stored]:
+        if len(answer["stored"]) != frames:
+            raise ValueError(f"{len(answer['stored'])} answers to {frames} frames")
         return [_parse_stored(self.name, result) for result in answer["stored"]]
 
     @asynccontextmanager
@@ -253,7 +259,8 @@ def _bodies(items: Iterable[tuple[ChunkKey, Frame]]) -> Iterator[list[Frame]]:
     frames: list[Frame] = []
     for key, frame in items:
         assert key == frame.key, "a client puts a frame under the key that its header names"
-        if frames and sum(other.size_bytes for other in frames) + frame.size_bytes > PUT_BYTES:
+        full = sum(other.size_bytes for other in frames) + frame.size_bytes > PUT_BYTES or len(frames) == PUT_FRAMES
+        if frames and full:
             yield frames
             frames = []
         frames.append(frame)
@@ -289,10 +296,13 @@ def _parse_nothing(_: Answer) -> None:
     return None
 
 
-def _parse_match(answer: Answer) -> Match:
+def _parse_match(keys: int, answer: Answer) -> Match:
     held: list[Held] = []
     for run in answer["runs"]:
-        held += [Held(None, _parse_copy(run))] * int(run["count"])
+        count = int(run["count"])
+        if not 0 < count <= keys - len(held):
+            raise ValueError(f"a run of {count} chunks is more than was asked for")
+        held += [Held(None, _parse_copy(run))] * count
     return Match(held, None if answer["miss"] is None else Miss(_reason(answer["miss"])))
 
 

@@ -32,6 +32,11 @@ SEGMENTS_MAX = 1 << 14
 PAYLOAD_BYTES_MAX = 1 << 40
 HEAD_BYTES_MAX = 40 + HEADER_BYTES_MAX + 24 * SEGMENTS_MAX
 
+# What parsed heads take in memory; see `Frame.memory_bytes`.
+_FRAME_BYTES = 2048
+_SEGMENT_BYTES = 160
+_JSON_VALUE_BYTES = 80
+
 _PREFIX = struct.Struct("<8sHHIIIQQ")
 _CHECKSUM_OFFSET = 32
 _SEGMENT = struct.Struct("<QQQ")
@@ -116,6 +121,15 @@ class Frame:
     def size_bytes(self) -> int:
         """Bytes of the frame as it is sent or kept."""
         return len(self.head.raw) + sum(len(level) for level in self.payload)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the frame takes in memory: its own, and what its parsed head takes as Python objects.
+
+        The second part is an estimate. Without it, small frames with large heads could take many times a budget.
+        """
+        values = sum(self.head.raw.count(mark) for mark in (b",", b"[", b"{"))
+        return self.size_bytes + _FRAME_BYTES + _SEGMENT_BYTES * len(self.head.segments) + _JSON_VALUE_BYTES * values
 
     def truncated(self, level: int | None) -> "Frame":
         """The frame with levels 0 to `level` only (None: all that are held); nothing is copied."""

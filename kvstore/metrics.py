@@ -21,7 +21,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.received_bytes = self._counter("kvstore_received_bytes", "Bytes of frames and blobs received.")
+        self.received_bytes = self._counter("kvstore_received_bytes", "Bytes of request bodies received.")
         self.sent_bytes = self._counter("kvstore_sent_bytes", "Bytes of frames and blobs sent.")
         self.hits = self._counter("kvstore_hits", "Chunks served, by tier.", ("tier",))
         self.misses = self._counter("kvstore_misses", "Chunks not served, by reason.", ("reason",))

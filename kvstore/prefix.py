@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -98,7 +99,9 @@ async def put_prefix(
     """
     keys = chunk_keys(layout, token_ids, salt=salt)
     _check_tokens(planes, len(keys) * layout.chunk_tokens)
-    held = len((await backend.match(keys)).held)
+    match = await backend.match(keys)
+    # What is only partly there, or stands on a lossy prefix, is put again.
+    held = len(list(takewhile(lambda one: one.copy.whole and not one.copy.inexact, match.held)))
     gate = asyncio.Semaphore(_CONCURRENCY)
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0

@@ -20,6 +20,10 @@ KEY = make_key(1)
 FRAME = make_frame(KEY)
 DATA = b"".join(bytes(view) for view in FRAME.buffers())
 RECORD = struct.pack("<B7xQ", 0, len(DATA)) + DATA
+RUNS = (
+    b'{"miss": null, "runs": [{"count": 1000000000000000000000000000000, "tier": "host", "head_bytes": 64, '
+    b'"level_bytes": [1], "levels": 1, "inexact": false}]}'
+)
 CLASSES = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, KVStoreError)]
 
 
@@ -87,7 +91,9 @@ async def test_a_server_that_does_not_answer_is_unavailable() -> None:
         await impatient.aclose()
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"runs": 3}', b'{"runs": [{}], "miss": null}', b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"{}", b'{"runs": 3}', b'{"runs": [{}], "miss": null}', RUNS, b"[" * 100000, b"\xff"]
+)
 async def test_an_answer_that_is_no_answer_is_a_backend_error(data: bytes) -> None:
     async with answering(body(data)) as client:
         with pytest.raises(BackendError):

@@ -1,6 +1,9 @@
 """The LMDB tier: what it acknowledged outlives the process, damage is found, the file stays bounded."""
 
+import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -139,3 +142,56 @@ def _change_level(directory: Path, key: bytes, change: object) -> None:
             txn.delete(key, db=levels)
         else:
             txn.put(key, changed, db=levels)
+
+
+@pytest.mark.parametrize("change", ["put", "delete", "trim"])
+async def test_a_change_that_is_cancelled_is_made_or_not_made_but_never_half_made(tmp_path: Path, change: str) -> None:
+    backend = await LmdbBackend.open(tmp_path, 1 << 20)
+    if change != "put":
+        await backend.put(ITEMS)
+    changes: dict[str, Coroutine[Any, Any, object]] = {
+        "put": backend.put(ITEMS),
+        "delete": backend.delete(KEYS),
+        "trim": backend.trim(KEYS, level=0),
+    }
+    task = asyncio.create_task(changes.pop(change))
+    for unused in changes.values():
+        unused.close()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await backend.put([])
+    indexed = dict([found async for found in backend.scan()])
+    frames = [frame for frame in await backend.get(KEYS) if isinstance(frame, Frame)]
+    assert len(frames) == len(indexed)
+    await backend.aclose()
+    backend = await LmdbBackend.open(tmp_path, 1 << 20)
+    assert dict([found async for found in backend.scan()]) == indexed
+    await backend.aclose()
+
+
+async def test_many_tiny_frames_are_cut_into_transactions_that_fit(tmp_path: Path) -> None:
+    backend = await LmdbBackend.open(tmp_path, 1 << 20)
+    keys = [make_key(number) for number in range(300)]
+    stored = await backend.put([(key, make_frame(key, (1,))) for key in keys])
+    assert {result.outcome for result in stored} == {Outcome.WRITTEN}
+    await backend.aclose()
+
+
+async def test_a_damaged_record_costs_its_own_chunk_and_no_other(tmp_path: Path) -> None:
+    backend = await LmdbBackend.open(tmp_path, 1 << 20)
+    await backend.put(ITEMS)
+    await backend.aclose()
+    with lmdb.open(str(tmp_path), max_dbs=4) as env, env.begin(write=True) as txn:
+        index = env.open_db(b"index", txn)
+        record = txn.get(KEYS[0], db=index)
+        assert record is not None
+        txn.put(KEYS[0], bytes(record[:-8]) + (1 << 50).to_bytes(8, "little"), db=index)
+        txn.put(KEYS[1], b"short", db=index)
+    for _ in range(2):
+        backend = await LmdbBackend.open(tmp_path, 1 << 20)
+        assert [key async for key, _ in backend.scan()] == sorted(KEYS[2:])
+        assert all(isinstance(frame, Frame) for frame in await backend.get(KEYS[2:]))
+        await backend.aclose()

@@ -147,3 +147,12 @@ async def test_infinite_values_are_refused_by_name_and_nothing_is_stored(client:
 async def test_a_layout_of_another_model_finds_nothing(client: Client) -> None:
     await put_prefix(client, LAYOUT, IDS, PLANES, RAW)
     assert (await get_prefix(client, dataclasses.replace(LAYOUT, revision="r2"), IDS)).tokens == 0
+
+
+async def test_chunks_that_are_only_partly_there_are_put_again(client: Client) -> None:
+    await put_prefix(client, LAYOUT, IDS, PLANES, LADDER)
+    keys = chunk_keys(LAYOUT, IDS)
+    await client.trim(keys[1:2], level=0)
+    put = await put_prefix(client, LAYOUT, IDS, PLANES, LADDER)
+    assert (put.held_tokens, put.stored[0].outcome) == (8, Outcome.EXTENDED)
+    assert (await get_prefix(client, LAYOUT, IDS)).levels == [3] * 5

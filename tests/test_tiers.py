@@ -154,7 +154,7 @@ async def test_a_put_that_asks_for_the_disk_waits_for_it(tmp_path: Path) -> None
 async def test_a_full_queue_refuses_and_recovers() -> None:
     slow = FaultyBackend(HostBackend(1 << 20))
     slow.gate.clear()
-    queue = WriteBehind(slow, queue_bytes_max=3 * FRAMES[0].size_bytes)
+    queue = WriteBehind(slow, queue_bytes_max=3 * FRAMES[0].memory_bytes)
     for item in ITEMS[:3]:
         await queue.put([item])
     with pytest.raises(BackendUnavailableError, match="try again"):
@@ -169,7 +169,7 @@ async def test_a_full_queue_refuses_and_recovers() -> None:
 
 async def test_a_batch_larger_than_the_queue_is_written_at_once() -> None:
     inner = HostBackend(1 << 20)
-    queue = WriteBehind(inner, queue_bytes_max=FRAMES[0].size_bytes)
+    queue = WriteBehind(inner, queue_bytes_max=FRAMES[0].memory_bytes)
     assert {stored.outcome for stored in await queue.put(ITEMS)} == {Outcome.WRITTEN}
     assert len((await inner.match(KEYS)).held) == len(KEYS)
     await queue.aclose()
@@ -220,3 +220,60 @@ async def test_trimming_reaches_what_is_queued() -> None:
 def test_a_stack_needs_a_tier() -> None:
     with pytest.raises(ValueError, match="at least one"):
         TieredBackend([])
+
+
+async def test_a_put_that_waits_for_the_disk_does_not_overtake_what_is_queued() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    first, other = make_frame(KEYS[0], seed=1), make_frame(KEYS[0], seed=2)
+    assert (await queue.put([(KEYS[0], first)]))[0].outcome is Outcome.WRITTEN
+    second = asyncio.create_task(queue.put([(KEYS[0], other)], ack=Ack.DISK))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    assert (await second)[0].outcome is Outcome.OTHER
+    await queue.flush()
+    [found] = await queue.get(KEYS[:1])
+    assert isinstance(found, Frame)
+    assert found.id == first.id
+    await queue.aclose()
+
+
+async def test_a_longer_queued_frame_is_what_a_waiting_put_of_a_shorter_one_writes() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    await queue.put(ITEMS[:1])
+    shorter = asyncio.create_task(queue.put([(KEYS[0], FRAMES[0].truncated(0))], ack=Ack.DISK))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    assert (await shorter)[0] == (Outcome.EXISTS, Ack.MEMORY, None)
+    await queue.flush()
+    [found] = await slow.get(KEYS[:1])
+    assert isinstance(found, Frame)
+    assert found.levels == 3
+    await queue.aclose()
+
+
+async def test_damage_below_is_told_and_not_that_the_chunk_was_evicted_above(tmp_path: Path) -> None:
+    small = HostBackend(3 * FRAMES[0].memory_bytes)
+    disk = await LmdbBackend.open(tmp_path, 1 << 20)
+    stack = TieredBackend([small, disk])
+    await disk.put([(KEYS[0], FRAMES[1])])
+    await small.put(ITEMS)
+    assert (await small.get(KEYS[:1]))[0] == Miss(Reason.EVICTED)
+    assert (await stack.get(KEYS[:1]))[0] == Miss(Reason.CORRUPT)
+    await stack.aclose()
+
+
+async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
+    broken = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(broken)
+    broken.error = RuntimeError("no error that anybody expects")  # type: ignore[assignment]
+    await queue.put(ITEMS[:1])
+    await asyncio.sleep(0.01)
+    broken.error = None
+    await queue.put(ITEMS[1:2])
+    await queue.flush()
+    assert isinstance((await queue.get(KEYS[1:2]))[0], Frame)
+    await queue.aclose()

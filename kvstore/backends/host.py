@@ -9,10 +9,6 @@ from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 
-_FRAME_BYTES = 2048
-_SEGMENT_BYTES = 160
-_JSON_VALUE_BYTES = 80
-
 
 class HostBackend:
     """A dictionary of frames with an index that keeps it within its budget.
@@ -21,7 +17,7 @@ class HostBackend:
     whatever is deleted meanwhile.
 
     Args:
-        budget_bytes: Bytes that frames may take, see `in_memory_bytes`.
+        budget_bytes: Bytes that frames may take, as `Frame.memory_bytes` counts them.
         metrics: Where to count; its own by default.
         name: Name of the tier.
     """
@@ -90,7 +86,7 @@ class HostBackend:
 
     def _keep(self, key: ChunkKey, frame: Frame) -> None:
         """Hold a frame in place of whatever is held under its key."""
-        size_bytes = in_memory_bytes(frame)
+        size_bytes = frame.memory_bytes
         victims = self._index.make_room({key: size_bytes})
         for victim, _ in victims:
             del self._frames[victim]
@@ -101,13 +97,3 @@ class HostBackend:
     def _gauge(self) -> None:
         self._metrics.chunks.labels(self.name).set(len(self._index))
         self._metrics.used_bytes.labels(self.name).set(self._index.used_bytes)
-
-
-def in_memory_bytes(frame: Frame) -> int:
-    """Bytes that a frame takes in memory: its own, and what its parsed head takes as Python objects.
-
-    The second part is an estimate. Without it, small frames with large heads could take many times the budget.
-    """
-    head = frame.head
-    values = sum(head.raw.count(mark) for mark in (b",", b"[", b"{"))
-    return frame.size_bytes + _FRAME_BYTES + _SEGMENT_BYTES * len(head.segments) + _JSON_VALUE_BYTES * values

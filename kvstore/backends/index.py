@@ -20,7 +20,8 @@ _SMALL_SHARE = 0.1
 _READS_MAX = 3
 _GHOSTS_MAX = 1 << 16
 
-_shared_copy = lru_cache(maxsize=4096)(Copy)
+shared_copy = lru_cache(maxsize=4096)(Copy)
+"""A `Copy`; chunks of one shape get the same object, so runs of them are found by identity."""
 
 
 def held_from(tier: str, frame: Frame) -> Held:
@@ -29,11 +30,6 @@ def held_from(tier: str, frame: Frame) -> Held:
     level_bytes = frame.head.level_bytes[: frame.levels]
     inexact = header.behind is not None
     return Held(frame.id, shared_copy(tier, len(frame.head.raw), level_bytes, header.levels, inexact))
-
-
-def shared_copy(tier: str, head_bytes: int, level_bytes: tuple[int, ...], levels: int, inexact: bool) -> Copy:
-    """A `Copy`; chunks of one shape get the same object, so runs of them are found by identity."""
-    return _shared_copy(tier, head_bytes, level_bytes, levels, inexact)
 
 
 class Index:

@@ -4,10 +4,11 @@ The index lives in memory and on the event loop; `LmdbStore` does the reading an
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
 from kvstore.backends.index import Index, held_from, shared_copy
@@ -22,6 +23,8 @@ _WRITE_TRIES = 8
 _PRESSURE_SHARE = 0.05
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class LmdbBackend:
@@ -39,6 +42,7 @@ class LmdbBackend:
         self._writing = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lmdb-write")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvstore-lmdb-read")
+        self._changes: set[asyncio.Task[Any]] = set()
         self._closed = False
         metrics.budget_bytes.labels(self.name).set(index.budget_bytes)
         self._gauge()
@@ -73,15 +77,13 @@ class LmdbBackend:
         return [await self._judge(*found[key], level) if key in found else self._index.miss(key) for key in keys]
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.DISK) -> list[Stored]:
-        async with self._writing:
-            stored: list[Stored] = []
-            for batch in self._batches(items):
-                stored += await self._put_batch(batch)
-        self._gauge()
-        return stored
+        async def put() -> list[Stored]:
+            return [stored for batch in self._batches(items) for stored in await self._put_batch(batch)]
+
+        return await self._to_the_end(put)
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
-        async with self._writing:
+        async def trim() -> None:
             held = {key: self._index.get(key) for key in keys}
             shorter = {
                 key: _shortened(found, level)
@@ -91,15 +93,16 @@ class LmdbBackend:
             await self._run(self._writer, lambda: self._store.trim(shorter))
             for key, found in shorter.items():
                 self._index.add(key, found, size_on_disk_bytes(found.copy))
-        self._gauge()
+
+        await self._to_the_end(trim)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
-        async with self._writing:
-            gone = [key for key in keys if self._index.get(key) is not None]
-            await self._run(self._writer, lambda: self._store.write([], gone))
+        async def delete() -> None:
+            await self._run(self._writer, lambda: self._store.write([], keys))
             for key in keys:
                 self._index.drop(key, Reason.ABSENT)
-        self._gauge()
+
+        await self._to_the_end(delete)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         for key, held in self._index.scan(namespace):
@@ -119,26 +122,51 @@ class LmdbBackend:
         if frame is not None:
             self._index.read(want.key)
             return frame
-        async with self._writing:
-            damaged = self._index.get(want.key) is want.held
-            if damaged:
-                self._index.drop(want.key, Reason.CORRUPT)
-                self._metrics.corrupt.labels(self.name).inc()
+
+        async def take_away() -> bool:
+            if self._index.get(want.key) is not want.held:
+                # It was trimmed, replaced, deleted or evicted while it was read.
+                return False
+            self._index.drop(want.key, Reason.CORRUPT)
+            self._metrics.corrupt.labels(self.name).inc()
+            try:
                 await self._run(self._writer, lambda: self._store.quarantine(want.key))
-        self._gauge()
-        # Otherwise it was trimmed, replaced, deleted or evicted while it was read.
+            except BackendError as exc:
+                log.warning("a damaged chunk could not be taken out of %s: %s", self.name, exc)
+            return True
+
+        damaged = await self._to_the_end(take_away)
         return Miss(Reason.CORRUPT) if damaged else (await self.get([want.key], level=level))[0]
+
+    async def _to_the_end(self, change: Callable[[], Awaitable[T]]) -> T:
+        """Make a change while nobody else makes one, and to its end even if the caller is cancelled meanwhile.
+
+        A thread that has begun a transaction cannot be stopped, and the index must say what became of it.
+        """
+
+        async def alone() -> T:
+            async with self._writing:
+                try:
+                    return await change()
+                finally:
+                    self._gauge()
+
+        task = asyncio.create_task(alone())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
 
     def _batches(self, items: Sequence[tuple[ChunkKey, Frame]]) -> Iterator[dict[ChunkKey, Frame]]:
         """Cut a put into transactions: no key twice, and room for each beside what stays."""
         batch: dict[ChunkKey, Frame] = {}
         batch_bytes = 0
         for key, frame in items:
-            if key in batch or batch_bytes + frame.size_bytes > self._index.budget_bytes // 4:
+            size_bytes = size_on_disk_bytes(held_from(self.name, frame).copy)
+            if key in batch or batch_bytes + size_bytes > self._index.budget_bytes // 4:
                 yield batch
                 batch, batch_bytes = {}, 0
             batch[key] = frame
-            batch_bytes += frame.size_bytes
+            batch_bytes += size_bytes
         yield batch
 
     async def _put_batch(self, batch: dict[ChunkKey, Frame]) -> list[Stored]:

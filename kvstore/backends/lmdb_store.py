@@ -18,10 +18,10 @@ from typing import NamedTuple
 import lmdb
 
 from kvstore.backend import Copy, Held, check_copy
-from kvstore.backends.index import shared_copy
+from kvstore.backends.index import held_from, shared_copy
 from kvstore.buffers import allocate
 from kvstore.errors import BackendError, BackendFullError, ConfigError, FrameError
-from kvstore.frame import Frame, parse_head
+from kvstore.frame import HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Frame, parse_head
 from kvstore.header import LEVELS_MAX
 from kvstore.keys import KEY_BYTES, ChunkKey
 
@@ -81,13 +81,16 @@ class LmdbStore:
             raise
 
     def load(self) -> list[tuple[ChunkKey, Held]]:
-        """Every chunk that the index database names; records that cannot be read are skipped."""
+        """Every chunk that the index database names; those whose record is damaged are deleted."""
         with self._transaction() as txn:
-            return [
-                (ChunkKey(bytes(key)), held)
-                for key, record in txn.cursor(self._index)
-                if len(key) == KEY_BYTES and (held := _unpack_record(self._name, record)) is not None
+            found = [
+                (ChunkKey(bytes(key)), _unpack_record(self._name, record)) for key, record in txn.cursor(self._index)
             ]
+        damaged = [key for key, held in found if held is None or len(key) != KEY_BYTES]
+        if damaged:
+            log.warning("%d damaged records were taken out of the index of %s", len(damaged), self._directory)
+            self.write([], damaged)
+        return [(key, held) for key, held in found if held is not None and len(key) == KEY_BYTES]
 
     def read(self, wanted: Sequence[Wanted]) -> list[Frame | None]:
         """Verified frames, in order; None where one is damaged or not there with all levels wanted."""
@@ -199,23 +202,14 @@ class LmdbStore:
     def _put(self, txn: "lmdb.Transaction[memoryview]", key: ChunkKey, frame: Frame) -> None:
         # A frame that is replaced may have had more levels.
         self._delete(txn, key)
-        header = frame.head.header
-        copy = Copy(
-            self._name,
-            len(frame.head.raw),
-            frame.head.level_bytes[: frame.levels],
-            header.levels,
-            header.behind is not None,
-        )
-        txn.put(key, _pack_record(Held(frame.id, copy)), db=self._index)
+        txn.put(key, _pack_record(held_from(self._name, frame)), db=self._index)
         txn.put(key, frame.head.raw, db=self._heads)
         for level, view in enumerate(frame.payload):
             txn.put(_level_key(key, level), view, db=self._levels)
 
     def _delete(self, txn: "lmdb.Transaction[memoryview]", key: ChunkKey) -> None:
-        if not txn.delete(key, db=self._heads):
-            return
         txn.delete(key, db=self._index)
+        txn.delete(key, db=self._heads)
         for level in range(LEVELS_MAX):
             txn.delete(_level_key(key, level), db=self._levels)
 
@@ -258,6 +252,8 @@ def _unpack_record(tier: str, record: memoryview) -> Held | None:
     if len(record) != _RECORD.size + held_levels * _LEVEL_SIZE.size or not 0 < held_levels <= levels:
         return None
     level_bytes = tuple(size for (size,) in _LEVEL_SIZE.iter_unpack(record[_RECORD.size :]))
+    if levels > LEVELS_MAX or head_bytes > HEAD_BYTES_MAX or sum(level_bytes) > PAYLOAD_BYTES_MAX:
+        return None
     return Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
 
 

@@ -6,12 +6,13 @@ they hold and what they evict, so the stack keeps no second index that could go 
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 
 from kvstore.backend import Ack, Backend, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
-from kvstore.errors import BackendError, BackendUnavailableError
+from kvstore.errors import BackendError, BackendUnavailableError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
@@ -86,7 +87,8 @@ class TieredBackend:
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         self._removals += 1
-        for tier in self.tiers:
+        # In the order of puts, so that a put under way is not left in the upper tiers only.
+        for tier in reversed(self.tiers):
             await tier.delete(keys)
         self._removals += 1
 
@@ -112,7 +114,7 @@ class TieredBackend:
             if match.miss is None:
                 return run, None
             misses.append(match.miss)
-        return run, _telling(misses)
+        return run, _telling(reversed(misses))
 
     async def _with_all_levels(self, keys: Sequence[ChunkKey], run: list[Held]) -> list[Held]:
         """The run with every partial copy replaced by the one of the lower tier that holds most of its levels."""
@@ -137,7 +139,7 @@ class TieredBackend:
             return {}
         try:
             answers = await tier.get(wanted, level=level)
-        except BackendError as exc:
+        except KVStoreError as exc:
             log.warning("reading from %s failed: %s", tier.name, exc)
             answers = [Miss(Reason.BREAKER)] * len(wanted)
         served: dict[ChunkKey, Frame] = {}
@@ -150,8 +152,9 @@ class TieredBackend:
 
     async def _promote(self, depth: int, served: dict[ChunkKey, Frame]) -> None:
         """Copy what a tier served into the tiers above it, as far as they have room."""
-        if served:
-            for tier in self.tiers[:depth]:
+        for tier in self.tiers[:depth] if served else ():
+            # What could not be copied up is still served.
+            with suppress(BackendUnavailableError):
                 await _put_to(tier, list(served.items()), Ack.MEMORY)
 
     async def _refusal(self, key: ChunkKey, frame: Frame, ack: Ack) -> list[Stored]:
@@ -191,8 +194,9 @@ async def _put_to(tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: A
         return await tier.put(items, ack=ack) if items else []
     except BackendUnavailableError:
         raise
-    except BackendError as exc:
-        return [Stored(Outcome.FAILED, None, exc)] * len(items)
+    except KVStoreError as exc:
+        error = exc if isinstance(exc, BackendError) else BackendError(tier.name, str(exc))
+        return [Stored(Outcome.FAILED, None, error)] * len(items)
 
 
 async def _has_more(tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
@@ -218,12 +222,15 @@ def _better(before: Frame | Miss | None, after: Frame | Miss) -> Frame | Miss:
     if isinstance(before, Frame):
         longer = isinstance(after, Frame) and after.id == before.id and after.levels > before.levels
         return after if longer else before
-    return after if isinstance(after, Frame) else _telling([before, after])
+    return after if isinstance(after, Frame) else _telling([after, before])
 
 
-def _telling(misses: Sequence[Miss]) -> Miss:
-    """The miss that says more than that the chunk is absent, the first of several."""
-    return next((miss for miss in misses if miss.reason is not Reason.ABSENT), misses[0])
+def _telling(misses: Iterable[Miss]) -> Miss:
+    """The first miss that says more than that the chunk is absent.
+
+    The lowest tier comes first: that a chunk was evicted above explains nothing, that it was damaged below does.
+    """
+    return next((miss for miss in misses if miss.reason is not Reason.ABSENT), Miss(Reason.ABSENT))
 
 
 def _merge(results: Sequence[Stored], asked: Ack) -> Stored:

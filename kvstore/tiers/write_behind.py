@@ -9,8 +9,9 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
-from kvstore.backend import Ack, Backend, Copy, Held, Match, Miss, Outcome, Stored, put_outcome
-from kvstore.errors import BackendError, BackendUnavailableError
+from kvstore.backend import Ack, Backend, Held, Match, Miss, Outcome, Stored, put_outcome
+from kvstore.backends.index import held_from
+from kvstore.errors import BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
@@ -58,8 +59,11 @@ class WriteBehind:
             return match
         held = list(match.held)
         # Queued chunks may fill the gap at which the inner run ends, and another inner run may follow.
-        while match.miss is not None and (frame := self._queued.get(keys[len(held)])) is not None:
-            held.append(self._held(frame))
+        while match.miss is not None and keys[len(held)] in self._queued:
+            for key in keys[len(held) :]:
+                if (frame := self._queued.get(key)) is None:
+                    break
+                held.append(self._held(frame))
             match = await self._inner.match(keys[len(held) :])
             held += match.held
         return Match(held, match.miss)
@@ -77,14 +81,14 @@ class WriteBehind:
             raise BackendUnavailableError(self.name, "is closing")
         if ack >= self._inner_ack:
             return await self._put_through(items, ack)
-        if sum(frame.size_bytes for _, frame in items) > self._queue_bytes_max:
+        if sum(frame.memory_bytes for _, frame in items) > self._queue_bytes_max:
             # It could never be queued, however often it is tried again.
             return await self._put_through(items, self._inner_ack)
         while any(key in self._passing for key, _ in items):
             # Another put of the same chunk is on its way to the inner backend: it decides first.
             async with self._inner_busy:
                 pass
-        self._reserve(sum([frame.size_bytes for key, frame in items if await self._is_news(key, frame)]))
+        self._reserve(sum([frame.memory_bytes for key, frame in items if await self._is_news(key, frame)]))
         return [await self._accept(key, frame) for key, frame in items]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
@@ -130,14 +134,34 @@ class WriteBehind:
         self._passing.update(keys)
         try:
             async with self._inner_busy:
-                stored = await self._inner.put(items, ack=ack)
+                return await self._write_now(items, ack)
         finally:
             self._passing.subtract(keys)
             self._passing += Counter()
-        for (key, frame), result in zip(items, stored, strict=True):
-            if result.outcome is not Outcome.FAILED and self._queued.get(key) is frame:
-                self._dequeue(key)
-        return stored
+
+    async def _write_now(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
+        """Write frames past the queue, but not past what the queue holds under their keys: that came first."""
+        queued = [self._queued.get(key) for key, _ in items]
+        outcomes = [
+            Outcome.WRITTEN if before is None else put_outcome(self._held(before), frame)
+            for before, (_, frame) in zip(queued, items, strict=True)
+        ]
+        longest = [
+            (key, before if before is not None and outcome is Outcome.EXISTS else frame)
+            for before, outcome, (key, frame) in zip(queued, outcomes, items, strict=True)
+            if outcome is not Outcome.OTHER
+        ]
+        written = iter(await self._inner.put(longest, ack=ack))
+        results = []
+        for before, outcome, (key, _) in zip(queued, outcomes, items, strict=True):
+            result = Stored(Outcome.OTHER, Ack.MEMORY) if outcome is Outcome.OTHER else next(written)
+            if before is not None and outcome is not Outcome.OTHER and result.outcome is not Outcome.FAILED:
+                if self._queued.get(key) is before:
+                    self._dequeue(key)
+                if result.outcome is Outcome.WRITTEN:
+                    result = result._replace(outcome=outcome)
+            results.append(result)
+        return results
 
     async def _find(self, key: ChunkKey) -> Held | None:
         if (frame := self._queued.get(key)) is not None:
@@ -157,9 +181,7 @@ class WriteBehind:
         return Stored(outcome, Ack.MEMORY)
 
     def _held(self, frame: Frame) -> Held:
-        header = frame.head.header
-        sizes = frame.head.level_bytes[: frame.levels]
-        return Held(frame.id, Copy(self.name, len(frame.head.raw), sizes, header.levels, header.behind is not None))
+        return held_from(self.name, frame)
 
     def _reserve(self, size_bytes: int) -> None:
         if self._queued_bytes + size_bytes > self._queue_bytes_max:
@@ -170,7 +192,7 @@ class WriteBehind:
     def _enqueue(self, key: ChunkKey, frame: Frame) -> None:
         self._dequeue(key)
         self._queued[key] = frame
-        self._queued_bytes += frame.size_bytes
+        self._queued_bytes += frame.memory_bytes
         self._gauge()
         if self._task is None:
             self._task = asyncio.create_task(self._work(), name=f"kvstore-write-behind-{self.name}")
@@ -178,7 +200,7 @@ class WriteBehind:
 
     def _dequeue(self, key: ChunkKey) -> None:
         if (frame := self._queued.pop(key, None)) is not None:
-            self._queued_bytes -= frame.size_bytes
+            self._queued_bytes -= frame.memory_bytes
             self._gauge()
 
     async def _work(self) -> None:
@@ -188,13 +210,13 @@ class WriteBehind:
             await self.flush()
 
     async def _write_batch(self) -> None:
-        """Write the oldest queued frames, one transaction's worth; they leave the queue once they are stored."""
+        """Write the oldest queued frames, one transaction's worth; those that cannot be stored are given up."""
         async with self._inner_busy:
             batch = self._oldest()
             try:
                 stored = await self._inner.put(batch, ack=self._inner_ack) if batch else []
-                failed = [result.error for result in stored if result.outcome is Outcome.FAILED]
-            except BackendError as exc:
+                failed: list[Exception | None] = [result.error for result in stored if result.outcome is Outcome.FAILED]
+            except Exception as exc:  # Whatever it is, the frames behind these must still be written.
                 failed = [exc] * len(batch)
             for key, frame in batch:
                 if self._queued.get(key) is frame:
