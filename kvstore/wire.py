@@ -29,7 +29,7 @@ DIGESTS_TYPE = "application/vnd.kvstore.digests"
 BLOB_TYPE = "application/octet-stream"
 
 RECORD_BYTES = 16
-WRITE_BYTES = 256 << 10
+WRITE_BYTES = 1 << 20
 """Bytes handed to the transport at one time: what the socket does not take at once, the transport copies."""
 
 READ_BYTES = 1 << 20
