@@ -110,7 +110,11 @@ class Stored(NamedTuple):
 
 
 class Backend(Protocol):
-    """Holds frames by key. Failures raise `BackendError`; a miss is a value."""
+    """Holds frames by key. A miss is a value; failures raise `BackendError`.
+
+    A client may also raise what its server found wrong with a request, such as an `AuthError`: those are for a person
+    to mend, and a stack treats them like any failure of a tier.
+    """
 
     name: str
 

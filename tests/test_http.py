@@ -453,3 +453,8 @@ async def test_metrics_count_what_happened(server: Server) -> None:
     assert await server.metric("kvstore_received_bytes_total") == 2 * size_bytes
     assert await server.metric("kvstore_sent_bytes_total") == size_bytes
     assert await server.metric('kvstore_tier_chunks{tier="host"}') == 1
+
+
+async def test_answers_do_not_tell_what_the_server_is_built_from(start: Start) -> None:
+    server = await start()
+    assert (await server.ask("GET", "/version")).headers["Server"] == "kvstore"

@@ -8,6 +8,7 @@ import pytest
 from kvstore.backend import Ack, Miss, Outcome, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
+from kvstore.client import Client
 from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.metrics import Metrics
@@ -277,3 +278,15 @@ async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
     await queue.flush()
     assert isinstance((await queue.get(KEYS[1:2]))[0], Frame)
     await queue.aclose()
+
+
+async def test_a_tier_that_cannot_be_asked_does_not_keep_the_others_from_serving() -> None:
+    upper = HostBackend(1 << 20)
+    await upper.put(ITEMS[:2])
+    async with Client("http://127.0.0.1:9") as nobody:
+        stack = TieredBackend([upper, nobody])
+        match = await stack.match(KEYS)
+        assert (len(match.held), match.miss) == (2, Miss(Reason.BREAKER))
+        found = await stack.get(KEYS[:3])
+        assert [isinstance(frame, Frame) for frame in found] == [True, True, False]
+        assert found[2] == Miss(Reason.BREAKER)

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from kvstore.backend import Backend
@@ -74,7 +74,12 @@ def create_app(
         yield
         await backend.aclose()
 
+    async def sign(_: web.Request, response: web.StreamResponse) -> None:
+        # Versions of what the server is built from are nobody's business.
+        response.headers[hdrs.SERVER] = "kvstore"
+
     app.cleanup_ctx.append(life)
+    app.on_response_prepare.append(sign)
     app.add_routes([*status.routes(), *chunk.routes(), *batch.routes()])
     return app
 

@@ -109,7 +109,7 @@ class TieredBackend:
         run: list[Held] = []
         misses: list[Miss] = []
         for tier in self.tiers:
-            match = await tier.match(keys)
+            match = await _match(tier, keys)
             run = run + match.held[len(run) :] if run else match.held
             if match.miss is None:
                 return run, None
@@ -160,7 +160,7 @@ class TieredBackend:
     async def _refusal(self, key: ChunkKey, frame: Frame, ack: Ack) -> list[Stored]:
         """The answer of the first tier that holds another frame under this key, if there is one."""
         for tier in self.tiers:
-            match = await tier.match([key])
+            match = await _match(tier, [key])
             if match.held and put_outcome(match.held[0], frame) is Outcome.OTHER:
                 return await tier.put([(key, frame)], ack=ack)
         return []
@@ -176,10 +176,19 @@ class TieredBackend:
                 self._metrics.hits.labels(tier_of[key]).inc()
 
 
+async def _match(tier: Backend, keys: Sequence[ChunkKey]) -> Match:
+    """What a tier holds; one that cannot say holds nothing that could be served."""
+    try:
+        return await tier.match(keys)
+    except KVStoreError as exc:
+        log.warning("asking %s failed: %s", tier.name, exc)
+        return Match([], Miss(Reason.BREAKER))
+
+
 async def _overlay(tier: Backend, keys: Sequence[ChunkKey], run: list[Held], start: int, end: int) -> None:
     """Replace copies from `start` to `end` by a tier's copies of the same frames that have more levels."""
     while start < end:
-        match = await tier.match(keys[start:end])
+        match = await _match(tier, keys[start:end])
         for position, held in enumerate(match.held, start):
             if held.frame_id == run[position].frame_id and len(held.copy.level_bytes) > len(
                 run[position].copy.level_bytes
@@ -202,7 +211,7 @@ async def _put_to(tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: A
 async def _has_more(tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
     """Whether a tier holds more levels of the frame that was found; asked from memory."""
     frame = found[key]
-    match = await tier.match([key])
+    match = await _match(tier, [key])
     return (
         isinstance(frame, Frame)
         and bool(match.held)
