@@ -82,11 +82,6 @@ def percentile(samples: Sequence[float], percent: int) -> float:
     return quantiles(samples, n=100, method="inclusive")[percent - 1]
 
 
-def median_interval(samples: Sequence[float], seed: int, *, resamples: int = 2000) -> Interval:
-    """Median with its bootstrap interval."""
-    return _bootstrap(lambda chosen: median([samples[i] for i in chosen]), len(samples), seed, resamples)
-
-
 def ratio_interval(
     numerator: Sequence[float], denominator: Sequence[float], seed: int, *, resamples: int = 2000
 ) -> Interval:

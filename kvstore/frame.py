@@ -70,7 +70,7 @@ class Head:
     def level_bytes(self) -> tuple[int, ...]:
         """Payload bytes of every level, padding included."""
         ends = [self.segments[end - 1] for end in accumulate(self.header.segment_counts())]
-        offsets = [0] + [_padded(segment.offset + segment.length) for segment in ends]
+        offsets = [0] + [padded_bytes(segment.offset + segment.length) for segment in ends]
         return tuple(after - before for before, after in pairwise(offsets))
 
     def held_levels(self, payload_bytes: int) -> int:
@@ -176,13 +176,13 @@ class Frame:
         for view, count in zip(self.payload, self.head.header.segment_counts(), strict=False):
             for _ in range(count):
                 offset, length, _ = next(table)
-                yield view[offset - start : _padded(offset - start + length)]
+                yield view[offset - start : padded_bytes(offset - start + length)]
             start += len(view)
 
 
 def padded_bytes(length: int) -> int:
     """Bytes that a segment of `length` bytes takes in the payload."""
-    return _padded(length)
+    return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 def key_seed(key: ChunkKey) -> int:
@@ -221,7 +221,7 @@ def frame_around(header: Header, payload: Sequence[memoryview], lengths: Sequenc
     for view, level_lengths in zip(payload, lengths, strict=True):
         start = 0
         for length in level_lengths:
-            end = start + _padded(length)
+            end = start + padded_bytes(length)
             table.append(Segment(level_start + start, length, xxh3_64_intdigest(view[start:end], seed)))
             start = end
         level_start += start
@@ -306,16 +306,12 @@ def blob_of(frame: Frame) -> memoryview | None:
     return frame.payload[0][: frame.head.segments[0].length]
 
 
-def _padded(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
-
-
 def _join_padded(parts: Sequence[Buffer]) -> memoryview:
     views = [memoryview(part).cast("B") for part in parts]
-    level = allocate(sum(_padded(len(view)) for view in views))
+    level = allocate(sum(padded_bytes(len(view)) for view in views))
     start = 0
     for view in views:
-        end = start + _padded(len(view))
+        end = start + padded_bytes(len(view))
         level[start : start + len(view)] = view
         level[start + len(view) : end] = bytes(end - start - len(view))
         start = end
@@ -347,6 +343,6 @@ def _check_table(segments: Sequence[Segment], payload_bytes: int) -> None:
     for segment in segments:
         if segment.offset != end:
             raise FrameCorruptError("segments leave a gap or overlap")
-        end = _padded(segment.offset + segment.length)
+        end = padded_bytes(segment.offset + segment.length)
     if end != payload_bytes:
         raise FrameCorruptError(f"segments end at {end}, the payload at {payload_bytes}")
