@@ -43,12 +43,14 @@ class PlaneSpec:
         shape: Lengths of the axes. The planes of a layout are `[layers, tokens, kv_heads, head_dim]`.
         level: The quality level that a coded plane belongs to; None for planes that are not coded yet.
         symbols: Number of values that an integer plane may take, 0 where it is not an alphabet.
+        at_most: Whether the token axis (axis 1; of bytes axis 0) may be shorter than `shape` says.
     """
 
     dtype: str
     shape: tuple[int, ...]
     level: int | None = None
     symbols: int = 0
+    at_most: bool = False
 
     @property
     def elements(self) -> int:

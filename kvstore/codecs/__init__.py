@@ -4,7 +4,8 @@ A new codec is one file here: a frozen dataclass that is a `Stage`, listed in `p
 stage lives in `ref/`, where a kernel with the same name and signature can be held against it.
 """
 
-from kvstore.codecs.coding import Context, decode, encode
+from kvstore.codecs.coding import decode, encode
+from kvstore.codecs.context import Context
 from kvstore.codecs.pipeline import NAMED, Pipeline, build_pipeline, named_pipeline
 from kvstore.codecs.stage import Planes, Specs, Stage
 

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from kvstore.codecs.context import Context, known_planes, known_specs, of_group, written_planes
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
-from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs
+from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs, is_context
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, pack_frame
-from kvstore.header import Header
+from kvstore.header import Header, StageSpec
 from kvstore.keys import ChunkKey, namespace_of, split_key
 from kvstore.layout import Layout
 
@@ -18,20 +18,12 @@ GROUP_BYTES_MIN = 1 << 20
 """A layer group has at least this many uncompressed bytes, so that small models do not drown in segments."""
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What encoding a chunk may use beside its planes.
-
-    Args:
-        first_position: Position of the chunk's first token in its prompt.
-        group_layers: Layers in a layer group; 0 chooses by `GROUP_BYTES_MIN`.
-    """
-
-    first_position: int = 0
-    group_layers: int = 0
+_NO_CONTEXT = Context()
 
 
-def encode(planes: Planes, layout: Layout, pipeline: Pipeline, *, key: ChunkKey, context: Context = Context()) -> Frame:
+def encode(
+    planes: Planes, layout: Layout, pipeline: Pipeline, *, key: ChunkKey, context: Context = _NO_CONTEXT
+) -> Frame:
     """Encode one chunk.
 
     Args:
@@ -46,17 +38,21 @@ def encode(planes: Planes, layout: Layout, pipeline: Pipeline, *, key: ChunkKey,
             encoded.
     """
     _check_planes(planes, layout)
-    groups = _groups(layout, context.group_layers)
-    names = _planes_by_level(pipeline, layout.group_specs(groups[0]))
-    coded = [pipeline.encode(part, layout.group_specs(part_layers)) for part_layers, part in _parts(planes, groups)]
+    groups = _groups(layout, pipeline, context.group_layers)
+    names = _planes_by_level(pipeline, known_specs(layout, groups[0]))
+    chunk = {**planes, **known_planes(layout, context.first_position), **written_planes(context)}
+    coded = [pipeline.encode(part, known_specs(layout, layers)) for layers, part in _parts(chunk, groups)]
+    distortion = {} if pipeline.lossless else _distortion(chunk, layout, pipeline, groups, names, coded)
+    artefacts = pipeline.artefacts
     header = Header(
         key=key,
         tokens=layout.chunk_tokens,
         first_position=context.first_position,
         groups=groups,
         planes=names,
-        pipeline=pipeline.spec,
-        distortion={} if pipeline.lossless else _distortion(planes, layout, pipeline, groups, names, coded),
+        pipeline=_numbered(pipeline.spec, artefacts),
+        artefacts=artefacts,
+        distortion=distortion,
     )
     return pack_frame(
         header, [part[name].contiguous().numpy().data for level in names for part in coded for name in level]
@@ -89,17 +85,40 @@ def decode(
     """
     _check_identity(frame, layout, key)
     header = frame.head.header
-    unknown = [digest for digest in header.artefacts if digest not in (artefacts or {})]
-    if unknown:
-        raise PipelineError(f"decoding needs the calibration artefact {unknown[0]}, which is not here")
-    pipeline = build_pipeline(header.pipeline)
+    missing = [digest for digest in header.artefacts if digest not in (artefacts or {})]
+    if missing:
+        raise PipelineError(f"decoding needs the calibration artefact {missing[0]}, which is not here")
+    pipeline = build_pipeline(_named(header.pipeline, header.artefacts), artefacts)
+    known = known_planes(layout, header.first_position)
     planes = _empty(layout) if out is None else out
     start = 0
     for layers, part in zip(header.groups, _coded_parts(frame, pipeline, layout), strict=True):
-        for name, decoded in pipeline.decode(part, layout.group_specs(layers)).items():
+        context = of_group(known, start, layers)
+        for name, decoded in pipeline.decode({**part, **context}, known_specs(layout, layers)).items():
             planes[name][start : start + layers].copy_(decoded)
         start += layers
     return planes
+
+
+def _numbered(spec: Sequence[StageSpec], artefacts: Sequence[str]) -> tuple[StageSpec, ...]:
+    """A header names every artefact once; its stages say which by number."""
+    return tuple(
+        {**stage, "artefact": artefacts.index(stage["artefact"])} if "artefact" in stage else stage for stage in spec
+    )
+
+
+def _named(spec: Sequence[StageSpec], artefacts: Sequence[str]) -> list[StageSpec]:
+    """Undo `_numbered`."""
+    found: list[StageSpec] = []
+    for stage in spec:
+        number = stage.get("artefact")
+        if number is None:
+            found.append(stage)
+        elif type(number) is int and 0 <= number < len(artefacts):
+            found.append({**stage, "artefact": artefacts[number]})
+        else:
+            raise FrameCorruptError(f"stage {stage['stage']!r} names artefact {number!r} of {len(artefacts)}")
+    return found
 
 
 def _check_planes(planes: Planes, layout: Layout) -> None:
@@ -124,25 +143,27 @@ def _check_identity(frame: Frame, layout: Layout, key: ChunkKey) -> None:
         )
 
 
-def _groups(layout: Layout, group_layers: int) -> tuple[int, ...]:
+def _groups(layout: Layout, pipeline: Pipeline, group_layers: int) -> tuple[int, ...]:
     """Layers in each layer group; only the last group may be smaller."""
     layer_bytes = layout.chunk_bytes // layout.layers
-    layers = group_layers or max(1, -(-GROUP_BYTES_MIN // layer_bytes))
+    layers = group_layers or pipeline.group_layers or max(1, -(-GROUP_BYTES_MIN // layer_bytes))
     full, rest = divmod(layout.layers, min(layers, layout.layers))
     return (min(layers, layout.layers),) * full + ((rest,) if rest else ())
 
 
-def _parts(planes: Planes, groups: Sequence[int]) -> Iterator[tuple[int, Planes]]:
-    """Every layer group's layers and planes."""
+def _parts(chunk: Planes, groups: Sequence[int]) -> Iterator[tuple[int, Planes]]:
+    """Every layer group's layers and planes, with their context."""
     start = 0
     for layers in groups:
-        yield layers, {name: plane[start : start + layers] for name, plane in planes.items()}
+        planes = {name: x[start : start + layers] for name, x in chunk.items() if not is_context(name)}
+        context = {name: x for name, x in chunk.items() if is_context(name)}
+        yield layers, {**planes, **of_group(context, start, layers)}
         start += layers
 
 
 def _planes_by_level(pipeline: Pipeline, specs: Specs) -> tuple[tuple[str, ...], ...]:
     """Names of the coded planes of every level, in the order in which the pipeline makes them."""
-    coded = pipeline.infer(specs)
+    coded = {name: spec for name, spec in pipeline.infer(specs).items() if not is_context(name)}
     for name, spec in coded.items():
         if spec.dtype != "uint8" or len(spec.shape) != 1:
             raise PipelineError(f"plane {name!r} does not end as bytes; end the pipeline with the stage 'raw'")
@@ -153,14 +174,16 @@ def _planes_by_level(pipeline: Pipeline, specs: Specs) -> tuple[tuple[str, ...],
 def _coded_parts(frame: Frame, pipeline: Pipeline, layout: Layout) -> list[dict[str, torch.Tensor]]:
     """The held coded planes of every layer group, compared with what the pipeline makes of this layout."""
     header = frame.head.header
-    expected = [pipeline.infer(layout.group_specs(layers)) for layers in header.groups]
-    if _planes_by_level(pipeline, layout.group_specs(header.groups[0])) != header.planes:
+    expected = [pipeline.infer(known_specs(layout, layers)) for layers in header.groups]
+    if _planes_by_level(pipeline, known_specs(layout, header.groups[0])) != header.planes:
         raise FrameCorruptError("the frame's planes are not those that its pipeline makes")
     parts: list[dict[str, torch.Tensor]] = [{} for _ in header.groups]
     for _, group, name, view in frame.segments():
-        if len(view) != expected[group][name].size_bytes:
+        spec = expected[group][name]
+        if len(view) > spec.size_bytes or (len(view) < spec.size_bytes and not spec.at_most):
+            bound = "at most " if spec.at_most else ""
             raise FrameCorruptError(
-                f"plane {name!r} has {len(view)} bytes, its pipeline makes {expected[group][name].size_bytes}"
+                f"plane {name!r} has {len(view)} bytes, its pipeline makes {bound}{spec.size_bytes}"
             )
         parts[group][name] = _tensor(view)
     return parts
@@ -176,7 +199,7 @@ def _empty(layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def _distortion(
-    planes: Planes,
+    chunk: Planes,
     layout: Layout,
     pipeline: Pipeline,
     groups: Sequence[int],
@@ -184,16 +207,18 @@ def _distortion(
     coded: Sequence[Planes],
 ) -> dict[str, tuple[float, ...]]:
     """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2."""
+    planes = {name: chunk[name] for name in layout.planes}
     power = {name: _squares(plane.float()) for name, plane in planes.items()}
     errors: dict[str, list[float]] = {name: [] for name in planes}
     for level in range(len(names)):
         held = {name for upto in names[: level + 1] for name in upto}
         error = dict.fromkeys(planes, 0.0)
-        for (layers, part), code in zip(_parts(planes, groups), coded, strict=True):
-            kept = {name: plane for name, plane in code.items() if name in held}
-            decoded = pipeline.decode(kept, layout.group_specs(layers))
-            for name, plane in part.items():
-                error[name] += _squares(plane.float() - decoded[name].to(plane.dtype).float())
+        for (layers, part), code in zip(_parts(chunk, groups), coded, strict=True):
+            context = {name: x for name, x in part.items() if is_context(name)}
+            kept = {name: x for name, x in code.items() if name in held}
+            decoded = pipeline.decode({**kept, **context}, known_specs(layout, layers))
+            for name in planes:
+                error[name] += _squares(part[name].float() - decoded[name].to(part[name].dtype).float())
         for name in planes:
             relative = error[name] / power[name] if power[name] else 0.0
             if not math.isfinite(relative):

@@ -22,10 +22,15 @@ class Pack:
         }
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
-        return {name: pack(x, specs[name].symbols) if specs[name].symbols else x for name, x in planes.items()}
+        return {
+            name: pack(x, specs[name].symbols) if name in specs and specs[name].symbols else x
+            for name, x in planes.items()
+        }
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
         return {
-            name: unpack(x, like[name].symbols, like[name].elements).view(like[name].shape) if like[name].symbols else x
+            name: unpack(x, spec.symbols, spec.elements).view(spec.shape)
+            if (spec := like.get(name)) and spec.symbols
+            else x
             for name, x in planes.items()
         }

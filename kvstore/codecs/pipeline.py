@@ -1,15 +1,16 @@
 """Pipelines: short lists of stages, built from JSON and checked without data. A pipeline is itself a stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from kvstore.codecs.artefact import load_artefact
 from kvstore.codecs.hadamard import Hadamard
 from kvstore.codecs.mean import Mean
 from kvstore.codecs.pack import Pack
 from kvstore.codecs.raw import Raw
-from kvstore.codecs.stage import Planes, Specs, Stage
+from kvstore.codecs.stage import Announcing, Planes, Specs, Stage, is_context
 from kvstore.codecs.step import Step
 from kvstore.errors import PipelineError
 from kvstore.header import StageSpec
@@ -45,30 +46,62 @@ class Pipeline:
         return all(stage.lossless for stage in self.stages)
 
     @property
+    def group_layers(self) -> int:
+        """Layers in a layer group that the stages ask for, 0 where any number will do."""
+        return max((getattr(stage, "group_layers", 0) for stage in self.stages), default=0)
+
+    @property
+    def artefacts(self) -> tuple[str, ...]:
+        """Digests of the calibration artefacts that decoding needs, each once."""
+        return tuple(dict.fromkeys(stage["artefact"] for stage in self.spec if "artefact" in stage))
+
+    @property
     def spec(self) -> tuple[StageSpec, ...]:
-        """The JSON from which `build_pipeline` makes this pipeline again."""
-        return tuple({"stage": stage.name, **asdict(stage)} for stage in self.stages)  # type: ignore[call-overload]
+        """The JSON from which `build_pipeline` makes this pipeline again; options at their defaults are left out."""
+        return tuple({"stage": stage.name, **_options(stage)} for stage in self.stages)
 
     def infer(self, specs: Specs) -> Specs:
         for stage in self.stages:
-            specs = stage.infer(specs)
+            specs = _with_context(stage.infer(specs), specs)
         return specs
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
-        for stage in self.stages:
-            planes = stage.encode(planes, specs)
-            specs = stage.infer(specs)
-        return planes
+        for stage, inputs, context in self._announced(planes, specs):
+            planes = stage.encode({**planes, **context}, inputs)
+        return {name: x for name, x in planes.items() if not is_context(name)}
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
-        inputs = [like]
-        for stage in self.stages[:-1]:
-            inputs.append(stage.infer(inputs[-1]))
-        for stage, specs in zip(reversed(self.stages), reversed(inputs), strict=True):
+        for stage, specs, context in reversed(self._announced(planes, like)):
             # Planes of levels that were not fetched are not there to be decoded.
             missing = {name for name, spec in stage.infer(specs).items() if name not in planes and spec.level}
-            planes = stage.decode(planes, {name: spec for name, spec in specs.items() if name not in missing})
-        return planes
+            wanted = {name: spec for name, spec in specs.items() if name not in missing and not is_context(name)}
+            planes = stage.decode({**planes, **context}, wanted)
+        return {name: x for name, x in planes.items() if not is_context(name)}
+
+    def _announced(self, planes: Planes, specs: Specs) -> list[tuple[Stage, Specs, Planes]]:
+        """Every stage with the specs of its input and the context that it and the stages before it know."""
+        context = {name: x for name, x in planes.items() if is_context(name)}
+        found: list[tuple[Stage, Specs, Planes]] = []
+        for stage in self.stages:
+            if isinstance(stage, Announcing):
+                context = {**context, **stage.announce(specs, context)}
+            found.append((stage, specs, context))
+            specs = _with_context(stage.infer(specs), specs)
+        return found
+
+
+def _with_context(specs: Specs, before: Specs) -> Specs:
+    return {**specs, **{name: spec for name, spec in before.items() if is_context(name)}}
+
+
+def _options(stage: Stage) -> dict[str, Any]:
+    """Options that are not at their defaults, as JSON; `data` is what an artefact's digest was bound to."""
+    found = {field.name: (getattr(stage, field.name), field.default) for field in fields(cast(Any, stage))}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, default) in found.items()
+        if name != "data" and value != default
+    }
 
 
 def named_pipeline(name: str) -> Pipeline:
@@ -82,23 +115,36 @@ def named_pipeline(name: str) -> Pipeline:
     return build_pipeline(NAMED[name])
 
 
-def build_pipeline(specs: Sequence[StageSpec]) -> Pipeline:
+def build_pipeline(specs: Sequence[StageSpec], artefacts: Mapping[str, bytes] | None = None) -> Pipeline:
     """Pipeline from its JSON.
 
+    Args:
+        specs: A stage's name and options each.
+        artefacts: Calibration artefacts by digest.
+
     Raises:
-        PipelineError: A stage is unknown or its configuration is not one that it has.
+        PipelineError: A stage is unknown, its configuration is not one that it has, or an artefact is not here.
     """
-    return Pipeline(tuple(_build_stage(spec) for spec in specs))
+    return Pipeline(tuple(_build_stage(spec, artefacts or {}) for spec in specs))
 
 
-def _build_stage(spec: StageSpec) -> Stage:
+def _build_stage(spec: StageSpec, artefacts: Mapping[str, bytes]) -> Stage:
     name = spec.get("stage")
     stage_class = STAGES.get(name) if isinstance(name, str) else None
     if stage_class is None:
         raise PipelineError(f"unknown stage {name!r}; this build knows {', '.join(STAGES)}")
-    options = {option: value for option, value in spec.items() if option != "stage"}
-    unknown = options.keys() - {field.name for field in fields(stage_class)}
+    options = {
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in spec.items()
+        if option != "stage"
+    }
+    unknown = options.keys() - {field.name for field in fields(stage_class)} | options.keys() & {"data"}
     if unknown:
         raise PipelineError(f"stage {name!r} has no option {min(unknown)!r}")
+    digest = spec.get("artefact")
+    if digest:
+        if not isinstance(digest, str) or digest not in artefacts:
+            raise PipelineError(f"stage {name!r} needs the calibration artefact {digest}, which is not here")
+        options["data"] = load_artefact(artefacts[digest], digest)
     stage: Stage = stage_class(**options)
     return stage

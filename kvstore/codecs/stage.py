@@ -1,8 +1,8 @@
 """The one protocol of everything that transforms planes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,7 +10,11 @@ from kvstore.errors import PipelineError
 from kvstore.layout import PlaneSpec
 
 Planes = Mapping[str, torch.Tensor]
-"""Tensors by plane name. Names with a dot are side planes that a stage made: `k.mean`, `k.0`."""
+"""Tensors by plane name.
+
+Names with a dot are side planes that a stage made: `k.mean`, `k.0`. Names that start with a dot are context: writer and
+reader know them without a byte of the frame (`.position`, `.cos`), or only the writer has them (`.importance`).
+"""
 
 Specs = Mapping[str, PlaneSpec]
 """The same without data."""
@@ -66,18 +70,41 @@ class Stage(Protocol):
         ...
 
 
+@runtime_checkable
+class Announcing(Protocol):
+    """A stage that tells the stages behind it what writer and reader know alike."""
+
+    def announce(self, specs: Specs, context: Planes) -> Planes:
+        """Context planes to add, from the specs of its input and the context so far."""
+        ...
+
+
+def is_context(name: str) -> bool:
+    """Whether a plane is context and never part of a frame."""
+    return name.startswith(".")
+
+
 def base_planes(specs: Specs) -> list[str]:
     """Names of the planes that hold the cache itself, side planes left out."""
     return [name for name in specs if "." not in name]
 
 
-def require_floats(stage: str, specs: Specs) -> list[str]:
+def require_floats(stage: str, specs: Specs, only: Sequence[str] = ()) -> list[str]:
     """Names of the base planes, all of which are `[layers, tokens, kv_heads, head_dim]` of a float dtype.
 
+    Args:
+        stage: Who asks.
+        specs: The planes.
+        only: The stage's option `planes`: which of them it transforms, all by default.
+
     Raises:
-        PipelineError: A base plane is something else.
+        PipelineError: A base plane is something else, or one that is asked for is not there.
     """
     names = base_planes(specs)
+    for name in only:
+        if name not in names:
+            raise PipelineError(f"stage {stage!r}: there is no plane {name!r} here, only {', '.join(names) or 'none'}")
+    names = [name for name in names if name in only or not only]
     for name in names:
         spec = specs[name]
         if spec.dtype not in FLOATS or len(spec.shape) != 4:

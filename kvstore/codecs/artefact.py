@@ -1,0 +1,107 @@
+"""Calibration artefacts: means, metrics, bases and probes of one model, as safetensors with a card.
+
+An artefact is bytes with a digest. Frames name the digest, stages are bound to the tensors when a pipeline is built.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from kvstore.errors import PipelineError
+
+VERSION = 1
+ARTEFACT_BYTES_MAX = 1 << 32
+_CARD = "kvstore_artefact"
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """What calibration found out about one model.
+
+    Args:
+        digest: SHA-256 of the safetensors bytes, hexadecimal.
+        card: Model, text, tokens, date, layer groups and more, as JSON.
+        tensors: By name; docs/codecs.md lists them.
+    """
+
+    digest: str
+    card: Mapping[str, object]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def group_layers(self) -> int:
+        """Layers in each layer group that the bases were made for."""
+        value = self.card.get("group_layers")
+        return value if isinstance(value, int) else 1
+
+    def tensor(self, stage: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of a given shape; -1 allows any length of an axis.
+
+        Raises:
+            PipelineError: It is not there, or has another shape.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            raise PipelineError(f"stage {stage!r}: artefact {self.digest} has no tensor {name!r}")
+        fits = len(found.shape) == len(shape) and all(
+            want in (-1, got) for want, got in zip(shape, found.shape, strict=True)
+        )
+        if not fits:
+            raise PipelineError(
+                f"stage {stage!r}: tensor {name!r} of artefact {self.digest} is {list(found.shape)}, "
+                f"the planes need {list(shape)}"
+            )
+        return found
+
+
+def save_artefact(tensors: Mapping[str, torch.Tensor], card: Mapping[str, object]) -> bytes:
+    """Bytes of an artefact; its digest is their SHA-256."""
+    text = json.dumps({"version": VERSION, **card}, sort_keys=True)
+    return save_safetensors({name: x.contiguous() for name, x in tensors.items()}, metadata={_CARD: text})
+
+
+def artefact_digest(data: bytes) -> str:
+    """SHA-256 of an artefact's bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_artefact(data: bytes, digest: str | None = None) -> Artefact:
+    """Artefact from its bytes.
+
+    Args:
+        data: Safetensors.
+        digest: What frames call it; it is compared.
+
+    Raises:
+        PipelineError: The bytes have another digest, or are no artefact of a version that this build reads.
+    """
+    found = artefact_digest(data)
+    if digest is not None and found != digest:
+        raise PipelineError(f"the bytes given for the calibration artefact {digest} have the digest {found}")
+    return _parsed(found, data)
+
+
+@lru_cache(maxsize=8)
+def _parsed(digest: str, data: bytes) -> Artefact:
+    if len(data) > ARTEFACT_BYTES_MAX:
+        raise PipelineError(f"calibration artefact {digest} is larger than {ARTEFACT_BYTES_MAX} bytes")
+    try:
+        # The header of safetensors is JSON behind its own length, which `load` has checked against the bytes.
+        tensors = load_safetensors(data)
+        size = struct.unpack_from("<Q", data)[0]
+        card = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_CARD])
+    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as exc:
+        raise PipelineError(f"calibration artefact {digest} cannot be read: {exc}") from exc
+    if not isinstance(card, dict) or card.get("version") != VERSION:
+        raise PipelineError(f"calibration artefact {digest} is not of version {VERSION}")
+    if not all(torch.isfinite(x).all() for x in tensors.values() if x.is_floating_point()):
+        raise PipelineError(f"calibration artefact {digest} has values that are not finite")
+    return Artefact(digest, card, tensors)
