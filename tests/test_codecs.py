@@ -260,7 +260,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("dtype", "dim", "stages", "message"),
     [
-        ("bfloat16", 48, ["hadamard"], "48 dimensions"),
+        ("bfloat16", 44, ["hadamard"], "44 dimensions"),
         ("int8", 32, ["mean"], "not a float plane"),
         ("int8", 32, ["step"], "not a float plane"),
         ("bfloat16", 32, ["mean"], "end the pipeline with the stage 'raw'"),

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvstore.codecs.ref.hadamard import rotate, unrotate
-from kvstore.codecs.stage import Planes, Specs, require_floats
+from kvstore.codecs.options import require_int
+from kvstore.codecs.ref.hadamard import hadamard_base, rotate, unrotate
+from kvstore.codecs.stage import Planes, Specs, base_planes, require_finite, require_floats
 from kvstore.errors import PipelineError
 
 _SEED_MAX = 1 << 32
+_BLOCK_MAX = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,27 +18,43 @@ class Hadamard:
 
     Args:
         seed: Names the random signs.
+        block: Dimensions that are rotated together, 0 for all of a head; a power of two times 1, 12, 20 or 28 that
+            divides the head dimension.
     """
 
     seed: int = 0
+    block: int = 0
     name: ClassVar[str] = "hadamard"
     lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if type(self.seed) is not int or not 0 <= self.seed < _SEED_MAX:
-            raise PipelineError(f"stage {self.name!r}: seed must be an integer from 0 to {_SEED_MAX - 1}")
+        require_int(self.name, "seed", self.seed, 0, _SEED_MAX - 1)
+        require_int(self.name, "block", self.block, 0, _BLOCK_MAX)
 
     def infer(self, specs: Specs) -> Specs:
         out = dict(specs)
         for name in require_floats(self.name, specs):
             dim = specs[name].shape[-1]
-            if dim & (dim - 1):
-                raise PipelineError(f"stage {self.name!r}: plane {name!r} has {dim} dimensions, not a power of two")
+            if self.block and dim % self.block:
+                raise PipelineError(
+                    f"stage {self.name!r}: plane {name!r} has {dim} dimensions, no multiple of the block {self.block}"
+                )
+            if not hadamard_base(self.block or dim):
+                raise PipelineError(
+                    f"stage {self.name!r}: plane {name!r} has {self.block or dim} dimensions to rotate, "
+                    "not a power of two times 1, 12, 20 or 28"
+                )
             out[name] = replace(specs[name], dtype="float32")
         return out
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
-        return {name: x if "." in name else rotate(x.float(), self.seed) for name, x in planes.items()}
+        out = dict(planes)
+        for name in base_planes(specs):
+            x = planes[name].float()
+            # A rotation would smear one bad value over its whole vector.
+            require_finite(self.name, name, x)
+            out[name] = rotate(x, self.seed, self.block)
+        return out
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
-        return {name: x if "." in name else unrotate(x, self.seed) for name, x in planes.items()}
+        return {name: x if "." in name else unrotate(x, self.seed, self.block) for name, x in planes.items()}
