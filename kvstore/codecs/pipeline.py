@@ -5,17 +5,31 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
+from kvstore.codecs.absmax import AbsMax
+from kvstore.codecs.anchor import Anchor
+from kvstore.codecs.ans import Ans
 from kvstore.codecs.artefact import load_artefact
+from kvstore.codecs.codebook import Codebook
+from kvstore.codecs.exponent import Exponent
+from kvstore.codecs.fp8 import Fp8
 from kvstore.codecs.hadamard import Hadamard
+from kvstore.codecs.keep import Keep
 from kvstore.codecs.mean import Mean
+from kvstore.codecs.minmax import MinMax
 from kvstore.codecs.pack import Pack
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.stage import Announcing, Planes, Specs, Stage, is_context
 from kvstore.codecs.step import Step
+from kvstore.codecs.zstd import Zstd
 from kvstore.errors import PipelineError
 from kvstore.header import StageSpec
 
-STAGES: Mapping[str, type[Any]] = MappingProxyType({stage.name: stage for stage in (Mean, Hadamard, Step, Pack, Raw)})
+STAGES: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        stage.name: stage
+        for stage in (Mean, Hadamard, Step, Pack, Keep, Anchor, MinMax, AbsMax, Codebook, Fp8, Exponent, Ans, Zstd, Raw)
+    }
+)
 """Every stage by the name that pipelines call it."""
 
 NAMED: Mapping[str, tuple[StageSpec, ...]] = MappingProxyType(
