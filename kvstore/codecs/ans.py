@@ -12,7 +12,7 @@ from kvstore.codecs.stage import Planes, Specs
 from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.layout import PlaneSpec
 
-_DIMENSIONS_MIN = {"plane": 1, "layer": 1, "channel": 3}
+_DIMENSIONS_MIN = {"plane": 1, "layer": 2, "channel": 3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ def split(x: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.T
     tokens = x.shape[1]
     rest = x[:, first : tokens - last]
     kept = torch.cat([x[:, :first], x[:, tokens - last :]], 1)
-    mean = rest.float().mean(1, keepdim=True) if rest.shape[1] else torch.zeros_like(x[:, :1], dtype=torch.float32)
-    filler = mean.to(x.dtype)
+    # Float64 cannot overflow here, and values that are not finite are for a later stage to refuse, each once.
+    finite = rest.double().nan_to_num(0, 0, 0)
+    filler = (finite.sum(1, keepdim=True) / max(rest.shape[1], 1)).to(x.dtype)
     return torch.cat([filler.expand_as(x[:, :first]), rest, filler.expand_as(x[:, tokens - last :])], 1), kept
 
 

@@ -3,7 +3,6 @@
 The size of what comes out is always the caller's: a frame says how long its content is, and that is only compared.
 """
 
-import numpy as np
 import torch
 import zstandard
 
@@ -48,5 +47,5 @@ def decompress(data: torch.Tensor, size: int) -> torch.Tensor:
     found = zstandard.ZstdDecompressor().decompress(
         data.numpy().data, max_output_size=size, read_across_frames=False, allow_extra_data=False
     )
-    # Not `torch.frombuffer`, which refuses to make nothing of nothing.
-    return torch.from_numpy(np.frombuffer(bytearray(found), dtype=np.uint8))
+    # `torch.frombuffer` refuses to make nothing of nothing.
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8) if found else torch.empty(0, dtype=torch.uint8)
