@@ -17,15 +17,15 @@ RECORDS, DENSE = 0, 1
 
 def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sign and mantissa in a byte, and exponent: bfloat16 of any shape to two of uint8."""
-    bits = x.contiguous().view(torch.int16).int()
+    bits = x.contiguous().view(torch.int16)
     return ((bits >> 8 & 0x80) | (bits & 0x7F)).to(torch.uint8), (bits >> 7 & 0xFF).to(torch.uint8)
 
 
 def join(mantissa: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """Undo `split`."""
-    wide = mantissa.int()
-    # Converting to int16 keeps the lower 16 bits, so the sign bit comes out as a sign.
-    return ((wide & 0x80) << 8 | exponent.int() << 7 | (wide & 0x7F)).to(torch.int16).view(torch.bfloat16)
+    wide = mantissa.to(torch.int16)
+    # The sign moves into the sign bit of the int16 and leaves nothing else there.
+    return ((wide & 0x80) << 8 | exponent.to(torch.int16) << 7 | (wide & 0x7F)).view(torch.bfloat16)
 
 
 def frequent(exponent: torch.Tensor) -> torch.Tensor:
