@@ -21,6 +21,7 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType(
         "float8_e4m3fn": 1,
         "float8_e5m2": 1,
         "int16": 2,
+        "int32": 4,
         "float16": 2,
         "bfloat16": 2,
         "float32": 4,

@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvstore.codecs import NAMED, Context, Pipeline, build_pipeline, decode, encode, named_pipeline
-from kvstore.codecs.pipeline import STAGES
 from kvstore.codecs.ref.hadamard import rotate, rotation, unrotate
 from kvstore.codecs.ref.pack import digits_per_byte, pack, packed_bytes, unpack
 from kvstore.codecs.ref.step import digit, quantise, scale_of
+from kvstore.codecs.registry import STAGES
 from kvstore.codecs.stage import TORCH_DTYPES
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, blob_frame, pack_frame, parse_frame

@@ -13,7 +13,7 @@ from kvstore.backends.host import HostBackend
 from kvstore.cli import main
 from kvstore.client import Client, error_classes
 from kvstore.codecs import NAMED
-from kvstore.codecs.pipeline import STAGES
+from kvstore.codecs.registry import STAGES
 from kvstore.config import ServerConfig
 from kvstore.metrics import Metrics
 from kvstore.server import create_app, running_server

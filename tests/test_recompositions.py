@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from kvstore.codecs import Context, Pipeline, build_pipeline, decode, encode
 from kvstore.codecs.context import known_planes, known_specs, of_group, written_planes
 from kvstore.codecs.fast import ans as fast_ans
-from kvstore.codecs.pipeline import STAGES
 from kvstore.codecs.recompositions import RECOMPOSITIONS, cachegen, exponent_ans, kivi, kvserve, turboquant
 from kvstore.codecs.ref import ans as ref_ans
 from kvstore.codecs.ref.codebook import codebook
 from kvstore.codecs.ref.exponent import DENSE
 from kvstore.codecs.ref.hadamard import hadamard_base, hadamard_matrix, rotate, rotation, unrotate
+from kvstore.codecs.registry import STAGES
 from kvstore.codecs.stage import TORCH_DTYPES
 from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.keys import chunk_keys

@@ -1,15 +1,17 @@
 """Codecs: stages that transform planes, pipelines of stages, and frames encoded by them.
 
-A new codec is one file here: a frozen dataclass that is a `Stage`, listed in `pipeline.STAGES`. The arithmetic of a
+A new codec is one file here: a frozen dataclass that is a `Stage`, listed in `registry.STAGES`. The arithmetic of a
 stage lives in `ref/`, where a kernel with the same name and signature can be held against it.
 """
 
 from kvstore.codecs.coding import decode, encode
 from kvstore.codecs.context import Context
-from kvstore.codecs.pipeline import NAMED, Pipeline, build_pipeline, named_pipeline
+from kvstore.codecs.named import CALIBRATED, NAMED, named_pipeline
+from kvstore.codecs.pipeline import Pipeline, build_pipeline
 from kvstore.codecs.stage import Planes, Specs, Stage
 
 __all__ = [
+    "CALIBRATED",
     "NAMED",
     "Context",
     "Pipeline",

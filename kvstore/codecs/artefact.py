@@ -61,11 +61,25 @@ class Artefact:
             )
         return found
 
+    def of_layers(self, stage: str, name: str, layers: torch.Tensor) -> torch.Tensor:
+        """The rows of a `[layers, ...]` tensor that belong to the given layers.
+
+        Raises:
+            PipelineError: It is not there, or has fewer layers.
+        """
+        found = self.tensors.get(name)
+        if found is None or int(layers.max()) >= len(found):
+            raise PipelineError(
+                f"stage {stage!r}: artefact {self.digest} has no {name!r} for layer {int(layers.max())}"
+            )
+        return found.index_select(0, layers)
+
 
 def save_artefact(tensors: Mapping[str, torch.Tensor], card: Mapping[str, object]) -> bytes:
     """Bytes of an artefact; its digest is their SHA-256."""
     text = json.dumps({"version": VERSION, **card}, sort_keys=True)
-    return save_safetensors({name: x.contiguous() for name, x in tensors.items()}, metadata={_CARD: text})
+    data: bytes = save_safetensors({name: x.contiguous() for name, x in tensors.items()}, metadata={_CARD: text})
+    return data
 
 
 def artefact_digest(data: bytes) -> str:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from kvstore.codecs.context import Context, known_planes, known_specs, of_group, written_planes
+from kvstore.codecs.importance import token_importance
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
 from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs, is_context
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
@@ -40,6 +42,10 @@ def encode(
     _check_planes(planes, layout)
     groups = _groups(layout, pipeline, context.group_layers)
     names = _planes_by_level(pipeline, known_specs(layout, groups[0]))
+    if pipeline.importance is not None and context.importance is None:
+        # Less is known within a chunk than over the whole prefix, but half the gain is here.
+        estimate = token_importance(planes["k"], layout, pipeline.importance, context.first_position)
+        context = replace(context, importance=estimate)
     chunk = {**planes, **known_planes(layout, context.first_position), **written_planes(context)}
     coded = [pipeline.encode(part, known_specs(layout, layers)) for layers, part in _parts(chunk, groups)]
     distortion = {} if pipeline.lossless else _distortion(chunk, layout, pipeline, groups, names, coded)
@@ -190,6 +196,8 @@ def _coded_parts(frame: Frame, pipeline: Pipeline, layout: Layout) -> list[dict[
 
 
 def _tensor(view: memoryview) -> torch.Tensor:
+    if not len(view):
+        return torch.empty(0, dtype=torch.uint8)
     # torch refuses to share memory that it might write to.
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
 

@@ -2,49 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
-from kvstore.codecs.absmax import AbsMax
-from kvstore.codecs.anchor import Anchor
-from kvstore.codecs.ans import Ans
-from kvstore.codecs.artefact import load_artefact
-from kvstore.codecs.codebook import Codebook
-from kvstore.codecs.exponent import Exponent
-from kvstore.codecs.fp8 import Fp8
-from kvstore.codecs.hadamard import Hadamard
-from kvstore.codecs.keep import Keep
-from kvstore.codecs.mean import Mean
-from kvstore.codecs.minmax import MinMax
-from kvstore.codecs.pack import Pack
-from kvstore.codecs.raw import Raw
+from kvstore.codecs.artefact import Artefact, load_artefact
+from kvstore.codecs.importance import Importance
+from kvstore.codecs.registry import STAGES
 from kvstore.codecs.stage import Announcing, Planes, Specs, Stage, is_context
-from kvstore.codecs.step import Step
-from kvstore.codecs.zstd import Zstd
 from kvstore.errors import PipelineError
 from kvstore.header import StageSpec
-
-STAGES: Mapping[str, type[Any]] = MappingProxyType(
-    {
-        stage.name: stage
-        for stage in (Mean, Hadamard, Step, Pack, Keep, Anchor, MinMax, AbsMax, Codebook, Fp8, Exponent, Ans, Zstd, Raw)
-    }
-)
-"""Every stage by the name that pipelines call it."""
-
-NAMED: Mapping[str, tuple[StageSpec, ...]] = MappingProxyType(
-    {
-        "raw": ({"stage": "raw"},),
-        "ladder-packed": (
-            {"stage": "mean"},
-            {"stage": "hadamard", "seed": 0},
-            {"stage": "step", "levels": 3},
-            {"stage": "pack"},
-            {"stage": "raw"},
-        ),
-    }
-)
-"""Pipelines that have a name: bit-exact, and three nested levels without calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +28,11 @@ class Pipeline:
     def group_layers(self) -> int:
         """Layers in a layer group that the stages ask for, 0 where any number will do."""
         return max((getattr(stage, "group_layers", 0) for stage in self.stages), default=0)
+
+    @property
+    def importance(self) -> Artefact | None:
+        """The artefact whose probes the encoder needs to estimate token importance, if a stage asks for it."""
+        return next((stage.data for stage in self.stages if isinstance(stage, Importance)), None)
 
     @property
     def artefacts(self) -> tuple[str, ...]:
@@ -116,17 +86,6 @@ def _options(stage: Stage) -> dict[str, Any]:
         for name, (value, default) in found.items()
         if name != "data" and value != default
     }
-
-
-def named_pipeline(name: str) -> Pipeline:
-    """A pipeline by its name in `NAMED`.
-
-    Raises:
-        PipelineError: There is no such name.
-    """
-    if name not in NAMED:
-        raise PipelineError(f"no pipeline is called {name!r}; known: {', '.join(NAMED)}")
-    return build_pipeline(NAMED[name])
 
 
 def build_pipeline(specs: Sequence[StageSpec], artefacts: Mapping[str, bytes] | None = None) -> Pipeline:

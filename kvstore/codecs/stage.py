@@ -22,7 +22,17 @@ Specs = Mapping[str, PlaneSpec]
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         name: getattr(torch, name)
-        for name in ("uint8", "int8", "float8_e4m3fn", "float8_e5m2", "int16", "float16", "bfloat16", "float32")
+        for name in (
+            "uint8",
+            "int8",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "int16",
+            "int32",
+            "float16",
+            "bfloat16",
+            "float32",
+        )
     }
 )
 FLOATS = frozenset({"float16", "bfloat16", "float32"})

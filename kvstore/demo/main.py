@@ -23,12 +23,15 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
+from kvstore.calibration.model import Model, planes_of
 from kvstore.client import Client
 from kvstore.codecs import NAMED, named_pipeline
-from kvstore.demo.model import DEFAULT_MODEL, DEFAULT_TEXT, Model, planes_of
 from kvstore.demo.task import CHUNK_TOKENS, Task, salt_of
 from kvstore.errors import BackendUnavailableError, ConfigError, KVStoreError
 from kvstore.prefix import put_prefix
+
+DEFAULT_MODEL = Path(__file__).parent / "shakespeare-llama"
+DEFAULT_TEXT = Path(__file__).parent / "prompt.txt"
 
 
 @dataclass(frozen=True, slots=True)

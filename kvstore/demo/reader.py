@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
+from kvstore.calibration.model import Model, cache_of
 from kvstore.client import Client
 from kvstore.codecs import NAMED
-from kvstore.demo.model import Model, cache_of
 from kvstore.demo.task import CHUNK_TOKENS, Task, salt_of
 from kvstore.errors import BackendError
 from kvstore.layout import Layout

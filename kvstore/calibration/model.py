@@ -14,27 +14,25 @@ from transformers.utils import logging as transformers_logging
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout, PlaneSpec, Rope
 
-DEFAULT_MODEL = Path(__file__).parent / "shakespeare-llama"
-DEFAULT_TEXT = Path(__file__).parent / "prompt.txt"
-
 
 class Model:
     """A causal LM on the CPU, with its tokenizer and the identity of its cache.
 
     Args:
         folder: Folder with `config.json`, safetensors weights and a tokenizer.
+        dtype: What to compute in; `auto` is what the weights are in.
 
     Raises:
         ConfigError: The folder holds no model that can be loaded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is no model folder: it has no config.json")
         transformers_logging.disable_progress_bar()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, KeyError) as exc:
             raise ConfigError(f"cannot load the model in {folder}: {exc}") from exc
         self._model.eval()
@@ -52,6 +50,38 @@ class Model:
             warnings.simplefilter("ignore")
             ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self._model.config
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The attention module of every layer.
+
+        Raises:
+            ConfigError: The model does not keep them where Llama, Mistral and Qwen do.
+        """
+        try:
+            return [layer.self_attn for layer in self._model.model.layers]
+        except AttributeError as exc:
+            raise ConfigError(f"the attention of a {type(self._model).__name__} is not where it is looked for") from exc
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Name of the model, and SHA-256 over its configuration and weights."""
+        return self._folder.resolve().name, _weights_digest(self._folder)
+
+    def freeze(self) -> None:
+        """Ask for no gradients of the weights, so that those of a cache are all there is."""
+        self._model.requires_grad_(False)
+
+    def log_probabilities(self, planes: Mapping[str, torch.Tensor], token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities behind a prefix, `[tokens, vocabulary]` float32; gradients flow into the planes."""
+        out = self._model(torch.tensor([token_ids]), past_key_values=cache_of(planes), use_cache=True)
+        found: torch.Tensor = out.logits[0].float().log_softmax(-1)
+        return found
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
@@ -80,6 +110,12 @@ class Model:
             greedy.append(int(self.forward(greedy[-1:], cache)[-1].argmax()))
         logits = self.forward([*tail_ids, *continuation_ids[:-1]], cache_of(planes))
         return greedy, logits[len(tail_ids) - 1 :].contiguous()
+
+    def layout_of(self, token_ids: Sequence[int], chunk_tokens: int = 256) -> Layout:
+        """Identity of this model's caches, found out from a short prompt."""
+        cache = DynamicCache()
+        self.forward(token_ids, cache)
+        return self.layout(cache, chunk_tokens)
 
     def layout(self, cache: DynamicCache, chunk_tokens: int) -> Layout:
         """Identity of a cache of this model.

@@ -1,0 +1,1 @@
+"""Calibration: from a model and some text to an artefact, and the cache of a Hugging Face model as planes."""

@@ -1,0 +1,115 @@
+"""Quantisation of rows on a nested grid, compiled: indices, and the class that each row is coded with."""
+
+import math
+
+import numpy as np
+
+from kvstore.codecs.fast.nested import Array, jit
+from kvstore.codecs.ref.classes import CLASS_MAX, CLASSES_PER_LEVEL, UNIT_CLASS
+from kvstore.codecs.ref.nested import CLASS_MIN, COST_MAX
+
+# What a squared error of one step costs in bits where rate and distortion are traded at a Gaussian's slope.
+_ERROR_BITS = 6 / math.log(2)
+
+
+@jit
+def row_cost(x: Array, step: float, classes: Array, offset: int, costs: Array, limits: Array, finer: float) -> float:
+    """Bits of a row at level 0 with its classes shifted by `offset`, clipping included as the bits it is worth.
+
+    Args:
+        x: `[n]` float32.
+        step: Step of the row at level 0.
+        classes: `[n]` int32.
+        offset: Shift to try.
+        costs: Bits by class and magnitude.
+        limits: Largest finest index by class, from `CLASS_MIN` on.
+        finer: Steps of the finest level in one of level 0.
+    """
+    bits = 0.0
+    for j in range(len(x)):
+        c = classes[j] + offset
+        y = abs(x[j]) / step
+        if c > CLASS_MAX:
+            return np.inf
+        limit = (limits[max(c, CLASS_MIN) - CLASS_MIN] + 0.5) / finer
+        if y > limit:
+            bits += _ERROR_BITS * (y - limit) ** 2
+            y = limit
+        if c >= 0:
+            magnitude = int(y + 0.5)
+            if magnitude < COST_MAX and costs[c, magnitude] < 1e9:
+                bits += costs[c, magnitude]
+            else:
+                sigma = 3.0 ** ((c - UNIT_CLASS) / CLASSES_PER_LEVEL)
+                bits += math.log2(sigma * 2.5066) + 0.7213 * (y / sigma) ** 2
+    return bits
+
+
+@jit
+def best_offset(
+    x: Array, step: float, classes: Array, low: int, high: int, costs: Array, limits: Array, finer: float
+) -> int:
+    """The shift of a row's classes, `low` to `high`, that codes it best: downhill from the one that fits its energy."""
+    power, count = 0.0, 0
+    for j in range(len(x)):
+        if classes[j] >= 0:
+            z = x[j] / step * 3.0 ** ((UNIT_CLASS - classes[j]) / CLASSES_PER_LEVEL)
+            power += z * z
+            count += 1
+    guess = 0.0 if count == 0 else 0.5 * CLASSES_PER_LEVEL * math.log(max(power / count, 1e-12)) / math.log(3.0)
+    best = min(max(round(guess), low), high)
+    cost = row_cost(x, step, classes, best, costs, limits, finer)
+    for direction in (1, -1):
+        while low <= best + direction <= high:
+            other = row_cost(x, step, classes, best + direction, costs, limits, finer)
+            if other > cost or (other == cost and not other > 1e300):
+                break
+            best, cost = best + direction, other
+    return best
+
+
+@jit
+def quantise_rows(
+    x: Array,
+    step: Array,
+    classes: Array,
+    tokens: int,
+    heads: int,
+    low: int,
+    high: int,
+    levels: int,
+    costs: Array,
+    limits: Array,
+    index: Array,
+    offset: Array,
+) -> None:
+    """Indices of the finest level and the class offset of every row.
+
+    Args:
+        x: `[rows, n]` float32.
+        step: `[rows]` float64, steps at level 0.
+        classes: `[layers * heads, n, ]` int32 without the row's offset.
+        tokens: Tokens of a layer.
+        heads: Heads of a layer.
+        low: Smallest offset.
+        high: Largest.
+        levels: Number of levels.
+        costs: See `row_cost`.
+        limits: See `row_cost`.
+        index: `[rows, n]` int32, written.
+        offset: `[rows]` int32; holds what is added to all classes of the row, the chosen offset is added to it.
+    """
+    count, width = x.shape
+    finer = 3.0 ** (levels - 1)
+    shifted = np.empty(width, np.int32)
+    for i in range(count):
+        block = i // (tokens * heads) * heads + i % heads
+        for j in range(width):
+            shifted[j] = classes[block, j] + offset[i]
+        found = best_offset(x[i], step[i], shifted, low, high, costs, limits, finer)
+        offset[i] += found
+        for j in range(width):
+            c = min(max(shifted[j] + found, CLASS_MIN), CLASS_MAX)
+            limit = float(limits[c - CLASS_MIN])
+            y = x[i, j] / step[i] * finer
+            index[i, j] = int(min(max(round(y), -limit), limit))
