@@ -15,6 +15,8 @@ import torch
 
 from kvstore.backend import Ack, Backend, Held, Match, Miss, Reason, Stored
 from kvstore.codecs import Context, Pipeline, Planes, decode, encode
+from kvstore.codecs.importance import token_importance
+from kvstore.codecs.ref.predict import HISTORY
 from kvstore.codecs.stage import TORCH_DTYPES
 from kvstore.errors import BackendError, FrameError, PipelineError
 from kvstore.frame import Frame
@@ -106,9 +108,10 @@ async def put_prefix(
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0
     batch: list[tuple[ChunkKey, Frame]] = []
+    encoder = await asyncio.to_thread(_Encoder, layout, planes, pipeline, token_ids, len(keys))
     async with _plain_errors(), asyncio.TaskGroup() as group:
         for number in range(held, len(keys)):
-            frame = await asyncio.to_thread(_encode_chunk, layout, planes, pipeline, keys[number], number)
+            frame = await asyncio.to_thread(encoder.encode, keys[number], number)
             size_bytes += frame.size_bytes
             batch.append((keys[number], frame))
             if sum(frame.size_bytes for _, frame in batch) >= _BATCH_BYTES or number == len(keys) - 1:
@@ -146,7 +149,7 @@ async def get_prefix(
         PipelineError: A frame needs a stage or an artefact that is not here.
     """
     keys = chunk_keys(layout, token_ids, salt=salt)
-    fetch = _Fetch(backend, layout, keys, level, artefacts or {})
+    fetch = _Fetch(backend, layout, keys, token_ids, level, artefacts or {})
     try:
         async with asyncio.timeout(deadline_s):
             await fetch.run()
@@ -163,12 +166,14 @@ class _Fetch:
         backend: Backend,
         layout: Layout,
         keys: Sequence[ChunkKey],
+        token_ids: Sequence[int],
         level: int | None,
         artefacts: Mapping[str, bytes],
     ) -> None:
         self._backend = backend
         self._layout = layout
         self._keys = keys
+        self._token_ids = token_ids
         self._level = level
         self._artefacts = artefacts
         self._gate = asyncio.Semaphore(_CONCURRENCY)
@@ -222,9 +227,11 @@ class _Fetch:
         tokens = self._layout.chunk_tokens
         if answer.head.header.first_position != number * tokens:
             return Miss(Reason.IDENTITY)
-        out = {name: plane[:, number * tokens : (number + 1) * tokens] for name, plane in self._planes.items()}
+        start, end = number * tokens, (number + 1) * tokens
+        out = {name: plane[:, start:end] for name, plane in self._planes.items()}
+        recent = self._token_ids[max(0, start - HISTORY) : end]
         try:
-            decode(answer, self._layout, self._artefacts, key=self._keys[number], out=out)
+            decode(answer, self._layout, self._artefacts, key=self._keys[number], token_ids=recent, out=out)
         except FrameError as exc:
             log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
             return Miss(Reason.CORRUPT)
@@ -251,10 +258,33 @@ async def _put_batch(
         gate.release()
 
 
-def _encode_chunk(layout: Layout, planes: Planes, pipeline: Pipeline, key: ChunkKey, number: int) -> Frame:
-    tokens = layout.chunk_tokens
-    chunk = {name: plane[:, number * tokens : (number + 1) * tokens] for name, plane in planes.items()}
-    return encode(chunk, layout, pipeline, key=key, context=Context(first_position=number * tokens))
+class _Encoder:
+    """Encodes the chunks of one prompt, of which it knows more than a chunk does: the whole prefix and its tokens."""
+
+    def __init__(
+        self, layout: Layout, planes: Planes, pipeline: Pipeline, token_ids: Sequence[int], chunks: int
+    ) -> None:
+        self._layout = layout
+        self._planes = planes
+        self._pipeline = pipeline
+        self._token_ids = token_ids
+        self._chunks = chunks
+        self._importance: torch.Tensor | None = None
+        if pipeline.importance is not None and chunks:
+            keys = planes["k"][:, : chunks * layout.chunk_tokens]
+            self._importance = token_importance(keys, layout, pipeline.importance)
+
+    def encode(self, key: ChunkKey, number: int) -> Frame:
+        tokens = self._layout.chunk_tokens
+        start, end = number * tokens, (number + 1) * tokens
+        context = Context(
+            first_position=start,
+            importance=None if self._importance is None else self._importance[:, start:end],
+            last=number == self._chunks - 1,
+            token_ids=self._token_ids[max(0, start - HISTORY) : end],
+        )
+        chunk = {name: plane[:, start:end] for name, plane in self._planes.items()}
+        return encode(chunk, self._layout, self._pipeline, key=key, context=context)
 
 
 def _check_tokens(planes: Planes, tokens: int) -> None:

@@ -53,6 +53,34 @@ class Moments:
         return self.outer / self.count
 
 
+class LinearFit:
+    """Least squares of vectors `[outputs]` from features `[inputs]`, the last of which is one."""
+
+    def __init__(self, inputs: int, outputs: int, ridge: float = 1e-4) -> None:
+        self._ridge = ridge
+        self._count = 0
+        self._inputs = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._cross = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self._outputs = torch.zeros(outputs, outputs, dtype=torch.float64)
+
+    def add(self, features: torch.Tensor, x: torch.Tensor) -> None:
+        """Add `[tokens, inputs]` and `[tokens, outputs]`."""
+        features, x = features.double(), x.double()
+        self._count += len(x)
+        self._inputs += features.T @ features
+        self._cross += features.T @ x
+        self._outputs += x.T @ x
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Matrix `[inputs, outputs]` and covariance of what it leaves, `[outputs, outputs]`; float64."""
+        ridge = torch.eye(len(self._inputs), dtype=torch.float64) * self._ridge * self._count
+        ridge[-1, -1] = 0.0
+        matrix = torch.linalg.solve(self._inputs + ridge, self._cross)
+        explained = matrix.T @ self._cross
+        left = self._outputs - explained - explained.T + matrix.T @ self._inputs @ matrix
+        return matrix, left / self._count
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One calibration prompt.
@@ -125,6 +153,19 @@ def output_gram(model: Model, kv_heads: int, head_dim: int) -> torch.Tensor:
         parts = weight.view(len(weight), kv_heads, -1, head_dim).permute(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
         grams.append(parts.transpose(1, 2) @ parts)
     return torch.stack(grams)
+
+
+def token_table(model: Model, windows: Sequence[tuple[Sequence[int], int]], dims: int) -> torch.Tensor:
+    """A vector for every token, `[vocabulary, dims]` float16: input embeddings, in as many directions as matter."""
+    vectors = model.embeddings.float()
+    vectors = vectors * vectors.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    dims = min(dims, vectors.shape[1])
+    seen = torch.tensor([token for ids, _ in windows for token in ids])
+    counts = torch.bincount(seen, minlength=len(vectors)).double().sqrt()
+    weighted = vectors.double() * counts[:, None]
+    _, directions = torch.linalg.eigh(weighted.T @ weighted)
+    table: torch.Tensor = vectors @ directions.flip(1)[:, :dims].float()
+    return table.half()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """From collected statistics to metrics, bases and sigmas."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,8 @@ def klt(covariance: torch.Tensor, root: Root) -> Basis:
     return Basis(root.root @ vectors, vectors.T @ root.inverse, values.clamp_min(0).sqrt().clamp_min(_SIGMA_MIN))
 
 
-def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
-    """`[blocks, n, n]` to one matrix."""
+def block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One matrix of square blocks."""
     found: torch.Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return found
 

@@ -73,6 +73,12 @@ class Model:
         """Name of the model, and SHA-256 over its configuration and weights."""
         return self._folder.resolve().name, _weights_digest(self._folder)
 
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """Input embeddings, `[vocabulary, hidden]`."""
+        weight: torch.Tensor = self._model.get_input_embeddings().weight.detach()
+        return weight
+
     def freeze(self) -> None:
         """Ask for no gradients of the weights, so that those of a cache are all there is."""
         self._model.requires_grad_(False)

@@ -9,7 +9,7 @@ import torch
 from kvstore.codecs.context import Context, known_planes, known_specs, of_group, written_planes
 from kvstore.codecs.importance import token_importance
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
-from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs, is_context
+from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs, base_planes, is_context
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, pack_frame
 from kvstore.header import Header, StageSpec
@@ -46,9 +46,16 @@ def encode(
         # Less is known within a chunk than over the whole prefix, but half the gain is here.
         estimate = token_importance(planes["k"], layout, pipeline.importance, context.first_position)
         context = replace(context, importance=estimate)
-    chunk = {**planes, **known_planes(layout, context.first_position), **written_planes(context)}
-    coded = [pipeline.encode(part, known_specs(layout, layers)) for layers, part in _parts(chunk, groups)]
-    distortion = {} if pipeline.lossless else _distortion(chunk, layout, pipeline, groups, names, coded)
+    known = known_planes(layout, context.first_position, context.token_ids)
+    chunk = {**planes, **known, **written_planes(context)}
+    lossy, coder = pipeline.split()
+    parts = [(known_specs(layout, layers), part) for layers, part in _parts(chunk, groups)]
+    quantised = [lossy.encode(part, specs) for specs, part in parts]
+    coded = [
+        coder.encode({**found, **lossy.announce(specs, _context(part))}, lossy.infer(specs))
+        for (specs, part), found in zip(parts, quantised, strict=True)
+    ]
+    distortion = {} if pipeline.lossless else _distortion(lossy, parts, quantised, len(names))
     artefacts = pipeline.artefacts
     header = Header(
         key=key,
@@ -71,6 +78,7 @@ def decode(
     artefacts: Mapping[str, bytes] | None = None,
     *,
     key: ChunkKey,
+    token_ids: Sequence[int] = (),
     out: Planes | None = None,
 ) -> Planes:
     """Decode one chunk at the quality of the levels that its frame holds.
@@ -82,6 +90,7 @@ def decode(
         layout: The caller's layout.
         artefacts: Calibration artefacts by digest.
         key: The key that the caller asked for.
+        token_ids: Token ids of the prompt up to the chunk's last one, for pipelines that predict from them.
         out: Where to write, `[layers, tokens, kv_heads, head_dim]` a plane; new tensors by default.
 
     Raises:
@@ -95,7 +104,7 @@ def decode(
     if missing:
         raise PipelineError(f"decoding needs the calibration artefact {missing[0]}, which is not here")
     pipeline = build_pipeline(_named(header.pipeline, header.artefacts), artefacts)
-    known = known_planes(layout, header.first_position)
+    known = known_planes(layout, header.first_position, token_ids)
     planes = _empty(layout) if out is None else out
     start = 0
     for layers, part in zip(header.groups, _coded_parts(frame, pipeline, layout), strict=True):
@@ -162,8 +171,7 @@ def _parts(chunk: Planes, groups: Sequence[int]) -> Iterator[tuple[int, Planes]]
     start = 0
     for layers in groups:
         planes = {name: x[start : start + layers] for name, x in chunk.items() if not is_context(name)}
-        context = {name: x for name, x in chunk.items() if is_context(name)}
-        yield layers, {**planes, **of_group(context, start, layers)}
+        yield layers, {**planes, **of_group(_context(chunk), start, layers)}
         start += layers
 
 
@@ -206,28 +214,29 @@ def _empty(layout: Layout) -> dict[str, torch.Tensor]:
     return {name: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]) for name, spec in layout.planes.items()}
 
 
+def _context(planes: Planes) -> Planes:
+    return {name: x for name, x in planes.items() if is_context(name)}
+
+
 def _distortion(
-    chunk: Planes,
-    layout: Layout,
-    pipeline: Pipeline,
-    groups: Sequence[int],
-    names: Sequence[Sequence[str]],
-    coded: Sequence[Planes],
+    lossy: Pipeline, parts: Sequence[tuple[Specs, Planes]], quantised: Sequence[Planes], levels: int
 ) -> dict[str, tuple[float, ...]]:
-    """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2."""
-    planes = {name: chunk[name] for name in layout.planes}
-    power = {name: _squares(plane.float()) for name, plane in planes.items()}
-    errors: dict[str, list[float]] = {name: [] for name in planes}
-    for level in range(len(names)):
-        held = {name for upto in names[: level + 1] for name in upto}
-        error = dict.fromkeys(planes, 0.0)
-        for (layers, part), code in zip(_parts(chunk, groups), coded, strict=True):
-            context = {name: x for name, x in part.items() if is_context(name)}
-            kept = {name: x for name, x in code.items() if name in held}
-            decoded = pipeline.decode({**kept, **context}, known_specs(layout, layers))
-            for name in planes:
+    """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2.
+
+    Coders behind the last lossy stage change nothing, so they are not undone for it.
+    """
+    names = base_planes(parts[0][0])
+    power = {name: sum(_squares(part[name].float()) for _, part in parts) for name in names}
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    for level in range(levels):
+        error = dict.fromkeys(names, 0.0)
+        for (specs, part), found in zip(parts, quantised, strict=True):
+            made = lossy.infer(specs)
+            kept = {name: x for name, x in found.items() if (made[name].level or 0) <= level}
+            decoded = lossy.decode({**kept, **_context(part)}, specs)
+            for name in names:
                 error[name] += _squares(part[name].float() - decoded[name].to(part[name].dtype).float())
-        for name in planes:
+        for name in names:
             relative = error[name] / power[name] if power[name] else 0.0
             if not math.isfinite(relative):
                 raise PipelineError(f"plane {name!r} has values too large for float32 arithmetic; use 'raw'")

@@ -1,12 +1,14 @@
 """Context planes: what the stages of a chunk know beside its planes, on both sides, without a byte of the frame."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kvstore.codecs.ref.predict import HISTORY
 from kvstore.codecs.ref.rope import rotary_planes
 from kvstore.codecs.stage import Planes, Specs
+from kvstore.errors import PipelineError
 from kvstore.layout import Layout, PlaneSpec
 
 
@@ -20,18 +22,25 @@ class Context:
         importance: Attention that every token will receive, `[layers, tokens]` float32, as `token_importance`
             estimates it over a whole prefix; None lets the stage `importance` estimate it within the chunk.
         last: Whether this is the last chunk of the prefix that is being put.
+        token_ids: Token ids of the prompt up to the chunk's last token; only the chunk's own and the few before them
+            are looked at. The stage `predict` needs them.
     """
 
     first_position: int = 0
     group_layers: int = 0
     importance: torch.Tensor | None = None
     last: bool = False
+    token_ids: Sequence[int] = ()
 
 
 def known_specs(layout: Layout, layers: int) -> Specs:
     """Specs of the planes of a group of layers, and of the context that goes with them."""
     tokens = layout.chunk_tokens
-    known = {".position": PlaneSpec("int64", (tokens,)), ".layer": PlaneSpec("int64", (layers,))}
+    known = {
+        ".position": PlaneSpec("int64", (tokens,)),
+        ".layer": PlaneSpec("int64", (layers,)),
+        ".token": PlaneSpec("int64", (HISTORY + tokens,)),
+    }
     if layout.rope is not None:
         rotary = layout.rope.rotary_dim
         known |= {name: PlaneSpec("float32", (tokens, rotary)) for name in (".cos", ".sin")}
@@ -39,17 +48,33 @@ def known_specs(layout: Layout, layers: int) -> Specs:
     return layout.group_specs(layers) | known
 
 
-def known_planes(layout: Layout, first_position: int) -> Mapping[str, torch.Tensor]:
+def known_planes(layout: Layout, first_position: int, token_ids: Sequence[int] = ()) -> Mapping[str, torch.Tensor]:
     """Context of a whole chunk; `.layer` holds the number of every layer.
 
+    Args:
+        layout: What is encoded or decoded.
+        first_position: Position of the chunk's first token.
+        token_ids: Token ids up to the chunk's last one, or none, and then there is no `.token`.
+
     Raises:
-        PipelineError: The layout's rotary embedding is of a kind that is not known.
+        PipelineError: The layout's rotary embedding is of a kind that is not known, or there are too few token ids.
     """
     positions = torch.arange(first_position, first_position + layout.chunk_tokens)
     known = {".position": positions, ".layer": torch.arange(layout.layers)}
+    if token_ids:
+        known[".token"] = _recent_tokens(token_ids, layout.chunk_tokens, first_position)
     if layout.rope is not None:
         known[".cos"], known[".sin"], known[".partner"] = rotary_planes(layout.rope, positions)
     return known
+
+
+def _recent_tokens(token_ids: Sequence[int], tokens: int, first_position: int) -> torch.Tensor:
+    """`[HISTORY + tokens]` int64; -1 before the prompt's first token."""
+    wanted = tokens + min(HISTORY, first_position)
+    recent = list(token_ids[-wanted:])
+    if len(recent) < wanted or min(recent) < 0:
+        raise PipelineError(f"the context of a chunk needs {wanted} token ids, it has {len(recent)}")
+    return torch.tensor([-1] * (HISTORY + tokens - wanted) + recent)
 
 
 def written_planes(context: Context) -> Planes:

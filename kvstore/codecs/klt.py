@@ -1,7 +1,7 @@
 """Transform: a calibrated basis in which coefficients are uncorrelated and every error costs the same."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -11,16 +11,26 @@ from kvstore.errors import PipelineError
 from kvstore.layout import PlaneSpec
 
 
+class _Span(NamedTuple):
+    """What one basis covers: planes that become one, and layers that become one."""
+
+    out: str
+    planes: tuple[str, ...]
+    layers: int
+
+
 @dataclass(frozen=True, slots=True)
 class Klt:
     """Karhunen-Loeve transform in the artefact's metric: per head, over the heads of a layer, or of several layers.
 
     `[layers, tokens, heads, dim]` becomes `[layers, tokens, blocks, n]`, with one block a head or one for all heads; or
-    `[1, tokens, 1, n]` where the basis spans several layers. Coefficients are sorted by falling standard deviation,
-    which the stage announces as `.k.sigma` (sixteenths of a class, see `ref/nested.py`).
+    `[1, tokens, 1, n]` where a basis spans several layers. A joint basis makes one plane `kv` of K and V. Coefficients
+    are sorted by falling standard deviation, which the stage announces as `.k.sigma` (sixteenths of a class, see
+    `ref/nested.py`).
 
     Args:
-        artefact: Digest of the calibration artefact with `k.forward.LAYER`, `k.inverse.LAYER` and `k.sigma.LAYER`.
+        artefact: Digest of the calibration artefact with `k.forward.LAYER`, `k.inverse.LAYER` and `k.sigma.LAYER`, the
+            layer being the first of a group; `kv.` instead of `k.` and `v.` where it is joint.
     """
 
     artefact: str = ""
@@ -35,83 +45,91 @@ class Klt:
         return layers if layers > 1 else 0
 
     def infer(self, specs: Specs) -> Specs:
-        out = dict(specs)
-        for name in require_floats(self.name, specs):
-            layers, tokens, heads, dim = specs[name].shape
-            span = self._data().group_layers
-            if span > 1:
-                self._check_span(name, layers, heads * dim)
-                out[name] = PlaneSpec("float32", (1, tokens, 1, layers * heads * dim))
+        out = {name: spec for name, spec in specs.items() if "." in name}
+        for span in self._spans(specs):
+            layers, tokens, heads, dim = specs[span.planes[0]].shape
+            width = heads * dim * len(span.planes)
+            if span.layers > 1:
+                self._check_group(span, layers * width)
+                shape = (1, tokens, 1, layers * width)
             else:
-                blocks, n = self._matrix(name, "inverse", 0).shape[:2]
-                if (blocks, n) not in ((1, heads * dim), (heads, dim)):
+                blocks, n = self._matrix(span.out, "inverse", 0).shape[:2]
+                if (blocks, n) not in ((1, width), (heads, dim)) or blocks * n != width:
                     raise PipelineError(
                         f"stage 'klt': artefact {self.artefact} has {blocks} bases of {n} dimensions, "
-                        f"plane {name!r} {heads} heads of {dim}"
+                        f"plane {span.out!r} needs {width} in all"
                     )
-                out[name] = PlaneSpec("float32", (layers, tokens, blocks, n))
-            shape = out[name].shape
-            out[f".{name}.sigma"] = PlaneSpec("int16", (shape[0], 1, *shape[2:]))
+                shape = (layers, tokens, blocks, n)
+            out[span.out] = PlaneSpec("float32", shape)
+            out[f".{span.out}.sigma"] = PlaneSpec("int16", (shape[0], 1, *shape[2:]))
         return out
 
     def announce(self, specs: Specs, context: Planes) -> Planes:
-        found = {}
-        for name in require_floats(self.name, specs):
-            shape = self.infer(specs)[f".{name}.sigma"].shape
+        found, inferred = {}, self.infer(specs)
+        for span in self._spans(specs):
+            shape = inferred[f".{span.out}.sigma"].shape
             firsts = context[".layer"].tolist()[: shape[0]]
-            sigmas = [self._data().tensor(self.name, f"{name}.sigma.{first}", shape[2:]) for first in firsts]
-            found[f".{name}.sigma"] = torch.stack(sigmas)[:, None]
+            sigmas = [self._data().tensor(self.name, f"{span.out}.sigma.{first}", shape[2:]) for first in firsts]
+            found[f".{span.out}.sigma"] = torch.stack(sigmas)[:, None]
         return found
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
-        out = dict(planes)
-        for name in require_floats(self.name, specs):
-            require_finite(self.name, name, planes[name])
-            out[name] = torch.stack(
+        out = {name: x for name, x in planes.items() if "." in name}
+        for span in self._spans(specs):
+            for name in span.planes:
+                require_finite(self.name, name, planes[name])
+            x = torch.cat([planes[name].float().flatten(2) for name in span.planes], 2)
+            if span.layers > 1:
+                x = x.transpose(0, 1).reshape(1, x.shape[1], -1)
+            matrices = self._matrices(span, "forward", planes[".layer"])
+            out[span.out] = torch.stack(
                 [
-                    torch.einsum("tbi,bij->tbj", x, matrix)
-                    for x, matrix in self._blocks(name, "forward", planes[name].float(), planes[".layer"])
+                    torch.einsum("tbi,bij->tbj", vectors.view(len(vectors), *matrix.shape[:2]), matrix)
+                    for vectors, matrix in zip(x, matrices, strict=True)
                 ]
             )
         return out
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
-        out = {name: planes[name] for name in like}
-        for name in require_floats(self.name, like):
-            shape = like[name].shape
+        out = {name: planes[name] for name in like if "." in name}
+        for span in self._spans(like):
+            layers, tokens, heads, dim = like[span.planes[0]].shape
+            matrices = self._matrices(span, "inverse", planes[".layer"])
             parts = [
-                torch.einsum("tbj,bji->tbi", x, matrix)
-                for x, matrix in self._blocks(name, "inverse", planes[name], planes[".layer"])
+                torch.einsum("tbj,bji->tbi", vectors, matrix).reshape(tokens, -1)
+                for vectors, matrix in zip(planes[span.out], matrices, strict=True)
             ]
-            if len(parts) == shape[0]:
-                out[name] = torch.stack([part.reshape(shape[1:]) for part in parts])
-            else:
-                out[name] = parts[0].view(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+            x = torch.stack(parts)
+            if span.layers > 1:
+                x = x.view(tokens, layers, -1).transpose(0, 1)
+            for name, part in zip(span.planes, x.chunk(len(span.planes), 2), strict=True):
+                out[name] = part.reshape(layers, tokens, heads, dim)
         return out
 
-    def _blocks(
-        self, name: str, kind: str, x: torch.Tensor, layers: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Vectors `[tokens, blocks, n]` and their matrices `[blocks, n, n]`: a pair a layer, or one for all layers."""
+    def _spans(self, specs: Specs) -> list[_Span]:
+        names = require_floats(self.name, specs)
+        layers = self._data().group_layers
+        if self._data().card.get("joint"):
+            if len({specs[name].shape for name in names}) > 1:
+                raise PipelineError("stage 'klt': a joint basis needs K and V of the same shape")
+            return [_Span("".join(names), tuple(names), layers)]
+        return [_Span(name, (name,), layers) for name in names]
+
+    def _matrices(self, span: _Span, kind: str, layers: torch.Tensor) -> list[torch.Tensor]:
+        """Bases `[blocks, n, n]`: one a layer, or one for all layers of the group."""
         firsts: list[int] = layers.tolist()
-        tokens = x.shape[1]
-        if len(firsts) > 1 and self._data().group_layers > 1:
-            matrix = self._matrix(name, kind, firsts[0])
-            return [(x.transpose(0, 1).reshape(tokens, 1, -1) if kind == "forward" else x[0], matrix)]
-        matrices = [self._matrix(name, kind, first) for first in firsts]
-        return [(x[i].reshape(tokens, *matrix.shape[:2]), matrix) for i, matrix in enumerate(matrices)]
+        return [self._matrix(span.out, kind, first) for first in (firsts[:1] if span.layers > 1 else firsts)]
 
     def _matrix(self, name: str, kind: str, first: int) -> torch.Tensor:
-        found = self._data().tensor(self.name, f"{name}.{kind}.{first}", (-1, -1, -1))
-        return found.float()
+        return self._data().tensor(self.name, f"{name}.{kind}.{first}", (-1, -1, -1)).float()
 
-    def _check_span(self, name: str, layers: int, width: int) -> None:
-        data = self._data()
-        sizes = {x.shape[-1] for tensor, x in data.tensors.items() if tensor.startswith(f"{name}.inverse.")}
-        if layers * width not in sizes:
+    def _check_group(self, span: _Span, width: int) -> None:
+        prefix = f"{span.out}.inverse."
+        sizes = {x.shape[-1] for name, x in self._data().tensors.items() if name.startswith(prefix)}
+        if width not in sizes:
             raise PipelineError(
-                f"stage 'klt': artefact {self.artefact} spans {data.group_layers} layers; it has no basis for "
-                f"{layers} layers of {width} dimensions in plane {name!r}"
+                f"stage 'klt': artefact {self.artefact} spans {span.layers} layers; it has no basis for "
+                f"{width} dimensions of plane {span.out!r}"
             )
 
     def _data(self) -> Artefact:

@@ -41,6 +41,12 @@ def ladder_klt(artefact: str, levels: int = 3, step: int = -280) -> Spec:
     )
 
 
+def ladder_tokens(artefact: str, levels: int = 3, step: int = -280) -> Spec:
+    """`ladder_klt` of what the token ids do not predict: for readers that know them when they decode."""
+    importance, rope, _, *rest = ladder_klt(artefact, levels, step)
+    return (importance, rope, {"stage": "predict", "artefact": artefact}, *rest)
+
+
 def kvtc(artefact: str, step: int = 0) -> Spec:
     """KVTC-like: rotary embedding undone, a KLT that knows no metric, one constant step, an entropy coder."""
     return (
@@ -69,7 +75,12 @@ NAMED: Mapping[str, Spec] = MappingProxyType(
 """Pipelines that need no calibration, by name."""
 
 CALIBRATED: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
-    {"ladder-weighted": ladder_weighted, "ladder-klt": ladder_klt, "kvtc": kvtc}
+    {
+        "ladder-weighted": ladder_weighted,
+        "ladder-klt": ladder_klt,
+        "ladder-tokens": ladder_tokens,
+        "kvtc": kvtc,
+    }
 )
 """Pipelines that need an artefact: from its digest (and settings) to a spec."""
 

@@ -29,6 +29,11 @@ class Pipeline:
         """Layers in a layer group that the stages ask for, 0 where any number will do."""
         return max((getattr(stage, "group_layers", 0) for stage in self.stages), default=0)
 
+    def split(self) -> tuple["Pipeline", "Pipeline"]:
+        """The stages up to the last lossy one, and the lossless coders behind them."""
+        lossy = max((n for n, stage in enumerate(self.stages) if not stage.lossless), default=-1) + 1
+        return Pipeline(self.stages[:lossy]), Pipeline(self.stages[lossy:])
+
     @property
     def importance(self) -> Artefact | None:
         """The artefact whose probes the encoder needs to estimate token importance, if a stage asks for it."""
@@ -48,6 +53,10 @@ class Pipeline:
         for stage in self.stages:
             specs = _with_context(stage.infer(specs), specs)
         return specs
+
+    def announce(self, specs: Specs, context: Planes) -> Planes:
+        found = self._announced(context, specs)
+        return found[-1][2] if found else {}
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
         for stage, inputs, context in self._announced(planes, specs):

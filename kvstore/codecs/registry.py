@@ -18,6 +18,7 @@ from kvstore.codecs.mean import Mean
 from kvstore.codecs.minmax import MinMax
 from kvstore.codecs.nested import Nested
 from kvstore.codecs.pack import Pack
+from kvstore.codecs.predict import Predict
 from kvstore.codecs.rans import Rans
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.rope import UndoRope
@@ -32,6 +33,7 @@ STAGES: Mapping[str, type[Any]] = MappingProxyType(
             Importance,
             UndoRope,
             Mean,
+            Predict,
             Weigh,
             Hadamard,
             Klt,
