@@ -56,7 +56,7 @@ class Pipeline:
 
     def announce(self, specs: Specs, context: Planes) -> Planes:
         found = self._announced(context, specs)
-        return found[-1][2] if found else {}
+        return found[-1][2] if found else dict(context)
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
         for stage, inputs, context in self._announced(planes, specs):
