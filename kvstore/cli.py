@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="run a server"))
     _add_demo(commands.add_parser("demo", help="store, fetch and reuse a real model's KV cache"))
+    _add_calibrate(commands.add_parser("calibrate", help="measure a model on text, for the pipelines that need it"))
+    _add_inspect(commands.add_parser("inspect", help="show and verify a frame or a calibration artefact"))
     return parser
 
 
@@ -66,6 +68,34 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed repetitions (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=_demo)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="PATH", required=True, help="folder of a Hugging Face causal LM")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", action="append", required=True, help="text of the kind that will be served"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="where to write the artefact")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    parser.add_argument("--prompts", type=int, metavar="N", help="number of prompts (64)")
+    parser.add_argument(
+        "--prefix-tokens", type=int, metavar="N", nargs="+", help="lengths that prompts take turns in (256 512 1024)"
+    )
+    parser.add_argument("--group-layers", type=int, metavar="N", help="layers that a basis spans (1)")
+    parser.add_argument("--span", choices=("heads", "head"), help="a basis over all heads, or one for each (heads)")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, help="one basis for K and V (yes)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens that predict K and V, 0 for none (2)")
+    parser.add_argument("--metric", choices=("fisher", "power", "none"), help="what an error costs (fisher)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (0)")
+    parser.add_argument("--json", action="store_true", help="print the artefact's card as JSON")
+    parser.set_defaults(run=_calibrate)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a frame, or an artefact of 'kvstore calibrate'")
+    parser.add_argument("--segments", action="store_true", help="list the segments of a frame too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_inspect)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -103,6 +133,50 @@ def _demo(args: argparse.Namespace) -> int:
         as_json=args.json,
     )
     return status
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    try:
+        from kvstore.calibration.command import run_calibration
+        from kvstore.calibration.settings import Settings
+    except ImportError as exc:
+        extra = "pip install 'kvstore[calibrate]'"
+        raise ConfigError(f"calibration needs torch and transformers: {extra} ({exc})") from exc
+    # A basis for each head can span neither K and V together nor several layers.
+    chosen = {
+        "joint": args.span != "head" if args.joint is None else args.joint,
+        "window": 2,
+        **{name: value for name in _CALIBRATION if (value := getattr(args, name)) is not None},
+    }
+    if args.prefix_tokens is not None:
+        chosen["prefix_tokens"] = tuple(args.prefix_tokens)
+    settings = Settings(**chosen)
+    report = run_calibration(model=args.model, texts=args.text, out=args.out, settings=settings, force=args.force)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    from rich.console import Console
+
+    from kvstore.inspection import artefact_table
+
+    Console().print(artefact_table(report))
+    return 0
+
+
+_CALIBRATION = ("prompts", "group_layers", "span", "window", "metric", "seed")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from kvstore.inspection import inspect_file, tables
+
+    report = inspect_file(args.file, segments=args.segments)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    from rich.console import Console
+
+    Console().print(*tables(report))
+    return 0
 
 
 def _size(text: str) -> int:

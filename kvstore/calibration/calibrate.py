@@ -1,13 +1,14 @@
 """`kvstore calibrate`: means, metrics, probes, bases and sigmas of a model, from text, as one artefact."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 import kvstore
-from kvstore.calibration.collect import Sample, fisher_gradients, take_sample, token_table
+from kvstore.calibration.collect import Sample, fisher_gradients, require_output_projection, take_sample, token_table
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
 from kvstore.calibration.statistics import Statistics
@@ -36,8 +37,12 @@ def calibrate(model: Model, texts: Sequence[Path], settings: Settings, progress:
     settings.check()
     model.freeze()
     torch.manual_seed(settings.seed)
+    for attention in model.attentions if settings.metric == "power" else ():
+        require_output_projection(attention)
     windows = _windows(model, texts, settings)
     layout = model.layout_of(windows[0][0][:2])
+    if layout.rope is None:
+        raise ConfigError("the model's configuration names no rotary embedding (rope_parameters), which pipelines undo")
     table = token_table(model, windows, settings.token_dims) if settings.window else None
     statistics = Statistics(layout, settings, table)
     samples: list[Sample] = []
@@ -47,7 +52,8 @@ def calibrate(model: Model, texts: Sequence[Path], settings: Settings, progress:
         if settings.metric == "fisher":
             for gradients in fisher_gradients(model, layout, sample, settings.repeats):
                 statistics.add_gradients(gradients)
-        samples.append(sample)
+        # Queries are all that is looked at again.
+        samples.append(replace(sample, planes={}, bare={}))
         progress((number + 1) / len(windows))
     tensors = statistics.fit(model, samples)
     tensors["probes"] = _probes(samples, settings)
@@ -70,7 +76,10 @@ def _windows(model: Model, texts: Sequence[Path], settings: Settings) -> list[tu
         prefix = settings.prefix_tokens[number % len(settings.prefix_tokens)]
         length = prefix + settings.continuation_tokens
         if length > model.positions:
-            raise ConfigError(f"prompts of {length} tokens are longer than the model's context of {model.positions}")
+            raise ConfigError(
+                f"a prompt of {prefix} tokens and the {settings.continuation_tokens} behind it are longer than "
+                f"the model's context of {model.positions}: use fewer prefix tokens"
+            )
         if length >= len(ids):
             raise ConfigError(f"the text has {len(ids)} tokens, a prompt needs {length}: give more text")
         start = int(torch.randint(0, len(ids) - length, (1,), generator=generator))

@@ -145,10 +145,25 @@ def query_power(samples: Sequence[Sample], kv_heads: int) -> torch.Tensor:
     return torch.cat([half, half], -1)
 
 
+def require_output_projection(attention: Any) -> None:
+    """Refuse an attention without a plain `o_proj`.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if not isinstance(getattr(getattr(attention, "o_proj", None), "weight", None), torch.Tensor):
+        raise ConfigError(f"a {type(attention).__name__} has no o_proj for the metric 'power': use 'fisher' or 'none'")
+
+
 def output_gram(model: Model, kv_heads: int, head_dim: int) -> torch.Tensor:
-    """What an error of V costs behind the output projection: `[layers, kv_heads, head_dim, head_dim]`."""
+    """What an error of V costs behind the output projection: `[layers, kv_heads, head_dim, head_dim]`.
+
+    Raises:
+        ConfigError: An attention has no output projection.
+    """
     grams = []
     for attention in model.attentions:
+        require_output_projection(attention)
         weight = attention.o_proj.weight.detach().float()
         parts = weight.view(len(weight), kv_heads, -1, head_dim).permute(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
         grams.append(parts.transpose(1, 2) @ parts)
@@ -180,7 +195,10 @@ def _captured_queries(model: Model) -> Iterator[list[torch.Tensor]]:
     for attention in model.attentions:
         module = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None)
         if module is None:
-            raise ConfigError(f"a {type(attention).__name__} has no query projection of its own to look at")
+            raise ConfigError(
+                f"a {type(attention).__name__} has no q_proj, whose queries calibration looks at; "
+                "models that project queries, keys and values as one cannot be calibrated yet"
+            )
         hooks.append(module.register_forward_hook(keep).remove)
     try:
         yield captured

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -33,15 +34,24 @@ class Model:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        except (OSError, ValueError, KeyError) as exc:
-            raise ConfigError(f"cannot load the model in {folder}: {exc}") from exc
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as exc:
+            # What follows the first line are lists of all models that there are.
+            reason = str(exc).strip().partition("\n")[0]
+            raise ConfigError(f"cannot load the model in {folder}: {reason}") from exc
         self._model.eval()
         self._folder = folder
 
     @property
     def positions(self) -> int:
-        """Longest prompt that the model takes."""
-        return int(self._model.config.max_position_embeddings)
+        """Longest prompt that the model takes.
+
+        Raises:
+            ConfigError: Its configuration does not say.
+        """
+        found = getattr(self._model.config, "max_position_embeddings", None)
+        if not isinstance(found, int):
+            raise ConfigError("the model's configuration has no max_position_embeddings")
+        return found
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -66,7 +76,10 @@ class Model:
         try:
             return [layer.self_attn for layer in self._model.model.layers]
         except AttributeError as exc:
-            raise ConfigError(f"the attention of a {type(self._model).__name__} is not where it is looked for") from exc
+            raise ConfigError(
+                f"the attention of a {type(self._model).__name__} is not in model.layers[...].self_attn, "
+                "where Llama, Mistral and Qwen have it; other models cannot be calibrated yet"
+            ) from exc
 
     @property
     def identity(self) -> tuple[str, str]:
