@@ -11,7 +11,7 @@ from kvstore.codecs.lanes import Lanes, lanes_bytes_max, pack_lanes, parse_lanes
 from kvstore.codecs.nested import total_offset
 from kvstore.codecs.options import require_int
 from kvstore.codecs.ref.classes import CLASSES_PER_LEVEL, EXTRA_DIGITS_MAX, HEAD_CLASSES, tables
-from kvstore.codecs.ref.nested import COST_MAX, costs
+from kvstore.codecs.ref.nested import CLASS_MIN, COST_MAX, costs, limits
 from kvstore.codecs.stage import Planes, Specs, is_context
 from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.layout import PlaneSpec
@@ -43,6 +43,8 @@ class Rans:
         names = _nested_planes(specs)
         if not names:
             raise PipelineError("stage 'rans' codes what the stage 'nested' makes, and there is none of it")
+        for name in names:
+            self._check_shapes(name, specs)
         out = dict(specs)
         for name, spec in specs.items():
             if self._is_coded(name, spec, names):
@@ -89,6 +91,17 @@ class Rans:
             return not self.packed_from or int(last) < self.packed_from
         return spec.dtype == "int8"
 
+    def _check_shapes(self, name: str, specs: Specs) -> None:
+        """Refuse planes that another coder has changed already: the compiled loops go by their shapes."""
+        layers, _, heads, n = specs[f".{name}.class"].shape
+        tokens = specs[f"{name}.class"].shape[1] if len(specs[f"{name}.class"].shape) == 4 else 0
+        wanted = {f"{name}.class": ("int8", (layers, tokens, heads, 1))}
+        for level, plane in self._levels(name, specs):
+            wanted[plane] = ("uint8" if level else "int32", (layers, tokens, heads, n))
+        for plane, (dtype, shape) in wanted.items():
+            if (specs[plane].dtype, specs[plane].shape) != (dtype, shape) or not tokens:
+                raise PipelineError(f"stage 'rans': plane {plane!r} is not as the stage 'nested' makes it")
+
     def _levels(self, name: str, planes: Planes | Specs) -> list[tuple[int, str]]:
         """Levels that this stage codes and that are there."""
         found = []
@@ -118,6 +131,8 @@ class Rans:
         values = x.int().reshape(-1, 1).contiguous()
         magnitude = np.minimum(np.abs(values.numpy()[:, 0]), COST_MAX - 1)
         bits = costs()[: _INTEGER_CLASS_MAX + 1, magnitude].sum(1)
+        # Costs are known up to a bound; what lies beyond it must fit all the same.
+        bits[limits(1)[-CLASS_MIN : _INTEGER_CLASS_MAX + 1 - CLASS_MIN] < np.abs(values.numpy()).max()] = np.inf
         grid = _Grid.of_integers(len(values), int(bits.argmin()))
         lanes = self._lanes_for(int(bits.min()) // 8, len(values))
         return pack_lanes(grid.encode(values.numpy(), 0, lanes), tag=int(bits.argmin()))
