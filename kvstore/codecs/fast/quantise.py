@@ -112,4 +112,5 @@ def quantise_rows(
             c = min(max(shifted[j] + found, CLASS_MIN), CLASS_MAX)
             limit = float(limits[c - CLASS_MIN])
             y = x[i, j] / step[i] * finer
-            index[i, j] = int(min(max(round(y), -limit), limit))
+            # Cut before rounding: an outlier may be wider than an integer.
+            index[i, j] = round(min(max(y, -limit), limit))
