@@ -46,7 +46,11 @@ class Importance:
         if self.data is None:
             raise PipelineError("stage 'importance' needs a calibration artefact: make one with 'kvstore calibrate'")
         if ".cos" not in specs:
-            raise PipelineError("stage 'importance' needs the rotary embedding, which this layout does not name")
+            raise PipelineError(
+                "stage 'importance' needs the rotary embedding, which this layout does not name or this build not know"
+            )
+        if specs[".cos"].shape[1] > specs["k"].shape[-1]:
+            raise PipelineError(f"stage 'importance': the layout rotates {specs['.cos'].shape[1]} dimensions")
         self.data.tensor(self.name, "probes", (-1, -1, -1, specs["k"].shape[-1]))
         return {**specs, "token.scale": PlaneSpec("int8", self._shape(specs), level=0)}
 
@@ -54,6 +58,10 @@ class Importance:
         known = planes.get(".importance")
         if known is None:
             return {**planes, "token.scale": torch.zeros(self._shape(specs), dtype=torch.int8)}
+        if tuple(known.shape) != specs["k"].shape[:2]:
+            raise PipelineError(
+                f"stage 'importance': the importance is {list(known.shape)}, not {list(specs['k'].shape[:2])}"
+            )
         log = known.double().clamp_min(1e-9).log()
         if not self.by_layer:
             log = log.mean(0, keepdim=True)

@@ -10,7 +10,7 @@ from kvstore.codecs.options import require_int
 from kvstore.codecs.ref.classes import CLASS_MAX, CLASSES_PER_LEVEL
 from kvstore.codecs.ref.nested import class_of, coarser, costs, limits, reconstruct, step_size
 from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
-from kvstore.errors import FrameCorruptError
+from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.layout import PlaneSpec
 
 _LEVELS_MAX = 5
@@ -50,6 +50,10 @@ class Nested:
         out = {name: spec for name, spec in specs.items() if name not in names}
         for name in names:
             shape = specs[name].shape
+            if "token.scale" in specs and specs["token.scale"].shape[0] not in (1, shape[0]):
+                raise PipelineError(
+                    f"stage 'nested': plane {name!r} spans several layers, so 'importance' cannot go by layer"
+                )
             if f".{name}.sigma" not in specs:
                 out[f"{name}.step"] = PlaneSpec("bfloat16", (shape[0], 1, shape[2], 1), level=0)
             out[f"{name}.class"] = PlaneSpec("int8", (*shape[:3], 1), level=0)
