@@ -65,6 +65,8 @@ def reconstruct(digits: list[torch.Tensor], scale: torch.Tensor, centre: torch.T
     for finer in digits[1:]:
         # Five digits, the most there are, still fit into eight bits.
         index = index * 3 + finer
+    # Digits beyond 2, which no encoder writes, must not look beyond the table.
+    index = index.clamp(max=2 * len(centre))
     table = torch.cat([-centre.float().flip(0), torch.zeros(1), centre.float()])
     values = table.index_select(0, index.flatten().int()).view(index.shape)
     return values.mul_(scale.float() * 3 ** (levels - len(digits)))
