@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kvstore.codecs.ref.predict import HISTORY
-from kvstore.codecs.ref.rope import rotary_planes
+from kvstore.codecs.ref.rope import is_known, rotary_planes
 from kvstore.codecs.stage import Planes, Specs
 from kvstore.errors import PipelineError
 from kvstore.layout import Layout, PlaneSpec
@@ -41,7 +41,7 @@ def known_specs(layout: Layout, layers: int) -> Specs:
         ".layer": PlaneSpec("int64", (layers,)),
         ".token": PlaneSpec("int64", (HISTORY + tokens,)),
     }
-    if layout.rope is not None:
+    if layout.rope is not None and is_known(layout.rope):
         rotary = layout.rope.rotary_dim
         known |= {name: PlaneSpec("float32", (tokens, rotary)) for name in (".cos", ".sin")}
         known[".partner"] = PlaneSpec("int64", (rotary,))
@@ -57,13 +57,13 @@ def known_planes(layout: Layout, first_position: int, token_ids: Sequence[int] =
         token_ids: Token ids up to the chunk's last one, or none, and then there is no `.token`.
 
     Raises:
-        PipelineError: The layout's rotary embedding is of a kind that is not known, or there are too few token ids.
+        PipelineError: There are too few token ids.
     """
     positions = torch.arange(first_position, first_position + layout.chunk_tokens)
     known = {".position": positions, ".layer": torch.arange(layout.layers)}
     if token_ids:
         known[".token"] = _recent_tokens(token_ids, layout.chunk_tokens, first_position)
-    if layout.rope is not None:
+    if layout.rope is not None and is_known(layout.rope):
         known[".cos"], known[".sin"], known[".partner"] = rotary_planes(layout.rope, positions)
     return known
 

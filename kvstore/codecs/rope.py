@@ -21,7 +21,9 @@ class UndoRope:
             raise PipelineError(f"stage 'rope' needs a plane 'k' with heads of its own, this layout has {planes}")
         require_floats(self.name, specs, ("k",))
         if ".cos" not in specs:
-            raise PipelineError("stage 'rope' needs the rotary embedding, which this layout does not name")
+            raise PipelineError(
+                "stage 'rope' needs the rotary embedding, which this layout does not name or this build not know"
+            )
         if specs[".cos"].shape[1] > specs["k"].shape[-1]:
             raise PipelineError(
                 f"stage 'rope': the layout rotates {specs['.cos'].shape[1]} of {specs['k'].shape[-1]} dimensions"

@@ -14,21 +14,40 @@ def inverse_frequencies(rope: Rope) -> tuple[torch.Tensor, float]:
     The kinds are those of Hugging Face configurations: `default`, `linear`, `llama3`, `yarn`.
 
     Raises:
-        PipelineError: The kind is another one, or one of its parameters is missing.
+        PipelineError: The kind is another one, or one of its parameters is missing or out of range.
     """
-    speeds = float(rope.theta) ** -(torch.arange(0, rope.rotary_dim, 2, dtype=torch.float64) / rope.rotary_dim)
-    scaling = dict(rope.scaling)
+    if rope.rotary_dim < 2 or rope.rotary_dim % 2:
+        raise PipelineError(f"a rotary embedding turns pairs, so rotary_dim cannot be {rope.rotary_dim}")
     try:
-        if rope.kind == "default":
-            return speeds, 1.0
-        if rope.kind == "linear":
-            return speeds / scaling["factor"], 1.0
-        if rope.kind == "llama3":
-            return _llama3(speeds, scaling), 1.0
-        if rope.kind == "yarn":
-            return _yarn(speeds, rope, scaling)
+        speeds, factor = _speeds(rope)
     except KeyError as exc:
         raise PipelineError(f"rotary embedding of kind {rope.kind!r} needs the parameter {exc}") from exc
+    except (ValueError, ArithmeticError) as exc:
+        raise PipelineError(f"rotary embedding of kind {rope.kind!r} has parameters that cannot be: {exc}") from exc
+    if not torch.isfinite(speeds).all():
+        raise PipelineError(f"rotary embedding of kind {rope.kind!r} has parameters that cannot be")
+    return speeds, factor
+
+
+def is_known(rope: Rope | None) -> bool:
+    """Whether this build can turn such an embedding back."""
+    try:
+        return rope is not None and bool(inverse_frequencies(rope))
+    except PipelineError:
+        return False
+
+
+def _speeds(rope: Rope) -> tuple[torch.Tensor, float]:
+    speeds = float(rope.theta) ** -(torch.arange(0, rope.rotary_dim, 2, dtype=torch.float64) / rope.rotary_dim)
+    scaling = dict(rope.scaling)
+    if rope.kind == "default":
+        return speeds, 1.0
+    if rope.kind == "linear":
+        return speeds / scaling["factor"], 1.0
+    if rope.kind == "llama3":
+        return _llama3(speeds, scaling), 1.0
+    if rope.kind == "yarn":
+        return _yarn(speeds, rope, scaling)
     raise PipelineError(f"rotary embedding of kind {rope.kind!r} is not known; known: default, linear, llama3, yarn")
 
 
