@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -35,6 +35,7 @@ class Artefact:
     digest: str
     card: Mapping[str, object]
     tensors: Mapping[str, torch.Tensor]
+    _floats: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def group_layers(self) -> int:
@@ -59,6 +60,13 @@ class Artefact:
                 f"stage {stage!r}: tensor {name!r} of artefact {self.digest} is {list(found.shape)}, "
                 f"the planes need {list(shape)}"
             )
+        return found
+
+    def matrix(self, stage: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """`tensor` in float32, converted once."""
+        found = self.tensor(stage, name, shape)
+        if found.dtype != torch.float32:
+            found = self._floats.setdefault(name, found.float())
         return found
 
     def of_layers(self, stage: str, name: str, layers: torch.Tensor) -> torch.Tensor:

@@ -82,12 +82,11 @@ class Klt:
             if span.layers > 1:
                 x = x.transpose(0, 1).reshape(1, x.shape[1], -1)
             matrices = self._matrices(span, "forward", planes[".layer"])
-            out[span.out] = torch.stack(
-                [
-                    torch.einsum("tbi,bij->tbj", vectors.view(len(vectors), *matrix.shape[:2]), matrix)
-                    for vectors, matrix in zip(x, matrices, strict=True)
-                ]
-            )
+            products = [
+                _multiply(vectors.view(len(vectors), *matrix.shape[:2]), matrix)
+                for vectors, matrix in zip(x, matrices, strict=True)
+            ]
+            out[span.out] = torch.stack(products)
         return out
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
@@ -95,9 +94,11 @@ class Klt:
         for span in self._spans(like):
             layers, tokens, heads, dim = like[span.planes[0]].shape
             matrices = self._matrices(span, "inverse", planes[".layer"])
+            coefficients = planes[span.out]
+            rank = _rank(coefficients)
             parts = [
-                torch.einsum("tbj,bji->tbi", vectors, matrix).reshape(tokens, -1)
-                for vectors, matrix in zip(planes[span.out], matrices, strict=True)
+                _multiply(vectors[..., :rank], matrix[:, :rank]).reshape(tokens, -1)
+                for vectors, matrix in zip(coefficients, matrices, strict=True)
             ]
             x = torch.stack(parts)
             if span.layers > 1:
@@ -121,7 +122,7 @@ class Klt:
         return [self._matrix(span.out, kind, first) for first in (firsts[:1] if span.layers > 1 else firsts)]
 
     def _matrix(self, name: str, kind: str, first: int) -> torch.Tensor:
-        return self._data().tensor(self.name, f"{name}.{kind}.{first}", (-1, -1, -1)).float()
+        return self._data().matrix(self.name, f"{name}.{kind}.{first}", (-1, -1, -1))
 
     def _check_group(self, span: _Span, width: int) -> None:
         prefix = f"{span.out}.inverse."
@@ -136,3 +137,16 @@ class Klt:
         if self.data is None:
             raise PipelineError("stage 'klt' needs a calibration artefact: make one with 'kvstore calibrate'")
         return self.data
+
+
+def _multiply(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """`[tokens, blocks, n]` by `[blocks, n, m]`."""
+    if len(matrices) == 1:
+        return (x[:, 0] @ matrices[0])[:, None]
+    return torch.bmm(x.transpose(0, 1), matrices).transpose(0, 1)
+
+
+def _rank(coefficients: torch.Tensor) -> int:
+    """Leading columns that are not zero throughout: sorted by sigma, few are left at a coarse level."""
+    used = coefficients.flatten(0, -2).any(0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1

@@ -13,7 +13,7 @@ _CODED: Spec = ({"stage": "rans"}, {"stage": "raw"})
 def ladder(levels: int = 3, step: int = 48, value_step: int = 24) -> Spec:
     """Nested levels without calibration; see the stage `nested` for the steps. Needs a layout with rotary embedding."""
     grid = {"stage": "nested", "levels": levels, "step": step, "value_step": value_step}
-    return ({"stage": "rope"}, {"stage": "mean"}, {"stage": "hadamard"}, grid, *_CODED)
+    return ({"stage": "rope"}, {"stage": "mean", "coarse": True}, {"stage": "hadamard"}, grid, *_CODED)
 
 
 def ladder_weighted(artefact: str, levels: int = 3, step: int = -320) -> Spec:

@@ -53,19 +53,21 @@ class Predict:
         ids = planes.get(".token")
         if ids is None:
             raise PipelineError("stage 'predict' needs the token ids of the chunk: give them with the context")
-        table = self._data().tensor(self.name, "tokens", (-1, -1))
+        table = self._data().matrix(self.name, "tokens", (-1, -1))
         if int(ids.max()) >= len(table):
             raise PipelineError(f"stage 'predict': token {int(ids.max())} is beyond the artefact's {len(table)}")
-        found = {}
+        found: dict[str, torch.Tensor] = {}
+        inputs = torch.empty(0, 0)
         for name in require_floats(self.name, specs):
             shape = specs[name].shape
             matrices = [self._matrix(name, layer, shape[2] * shape[3]) for layer in planes[".layer"].tolist()]
-            inputs = features(table, ids, shape[1], (len(matrices[0]) - 1) // table.shape[1])
+            if inputs.shape[1] != len(matrices[0]):
+                inputs = features(table, ids, shape[1], (len(matrices[0]) - 1) // table.shape[1])
             found[name] = torch.stack([inputs @ matrix for matrix in matrices]).view(shape)
         return found
 
     def _matrix(self, name: str, layer: int, width: int) -> torch.Tensor:
-        return self._data().tensor(self.name, f"{name}.predict.{layer}", (-1, width)).float()
+        return self._data().matrix(self.name, f"{name}.predict.{layer}", (-1, width))
 
     def _data(self) -> Artefact:
         if self.data is None:

@@ -30,7 +30,7 @@ class Rans:
         packed_from: From this level on digits are left to the stage `pack`, 0 for none: 1.6 bits, no tables.
     """
 
-    lane_bytes: int = 384
+    lane_bytes: int = 768
     packed_from: int = 0
     name: ClassVar[str] = "rans"
     lossless: ClassVar[bool] = True

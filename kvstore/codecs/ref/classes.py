@@ -99,7 +99,7 @@ def _cumulative(frequencies: list[int]) -> list[int]:
 # -- how classes.json was made ---------------------------------------------------------------------------------------
 
 
-def make_tables(tail: float = 0.05, tail_sigma: float = 2.0) -> dict[str, Any]:
+def make_tables(tail: float = 0.02, tail_sigma: float = 2.0) -> dict[str, Any]:
     """What `classes.json` holds: Gaussians spread over their class, with a share of wider ones for heavier tails."""
     head = [
         normalised([_mass(_density(c, tail, tail_sigma), i - 0.5, i + 0.5, edge=abs(i) == HEAD_MAX) for i in _heads()])
@@ -119,7 +119,7 @@ def make_tables(tail: float = 0.05, tail_sigma: float = 2.0) -> dict[str, Any]:
 
 def normalised(mass: list[float]) -> list[int]:
     """Frequencies that sum to `FREQUENCY_SUM`, none of them zero."""
-    total = sum(mass)
+    total = max(sum(mass), 1e-300)
     found = [max(1, round(m / total * FREQUENCY_SUM)) for m in mass]
     found[found.index(max(found))] += FREQUENCY_SUM - sum(found)
     return found
