@@ -79,7 +79,8 @@ class Mean:
         return mean * planes[f"{name}.mean_step"].float() if self.coarse else mean
 
     def _coarse(self, name: str, x: torch.Tensor, mean: torch.Tensor) -> dict[str, torch.Tensor]:
-        spread = (x - mean).square().mean((1, 3), keepdim=True).sqrt() / _PARTS
+        # In float64, for the squares of large values overflow float32.
+        spread = (x - mean).double().square().mean((1, 3), keepdim=True).sqrt().float() / _PARTS
         step = torch.maximum(spread, mean.abs().amax(-1, keepdim=True) / _INT8_MAX).clamp_min(_TINY).bfloat16()
         whole = (mean / step.float()).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
         return {f"{name}.mean": whole, f"{name}.mean_step": step}
