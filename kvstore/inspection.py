@@ -311,7 +311,7 @@ def _tensor_table(tensors: Sequence[Report]) -> Table:
 
 
 def _facts() -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     return table

@@ -42,7 +42,10 @@ def calibrate(model: Model, texts: Sequence[Path], settings: Settings, progress:
     windows = _windows(model, texts, settings)
     layout = model.layout_of(windows[0][0][:2])
     if layout.rope is None:
-        raise ConfigError("the model's configuration names no rotary embedding (rope_parameters), which pipelines undo")
+        raise ConfigError(
+            "the model's configuration names no single rotary embedding (rope_parameters); "
+            "models without one cannot be calibrated yet"
+        )
     table = token_table(model, windows, settings.token_dims) if settings.window else None
     statistics = Statistics(layout, settings, table)
     samples: list[Sample] = []
