@@ -36,10 +36,11 @@ class Stream:
 
 @dataclass(eq=False)
 class Segment:
-    """A plane of a layer group of a chunk.
+    """A coded plane of a layer group of a chunk.
 
     Args:
-        name: The plane.
+        name: The coded plane.
+        planes: The planes that it holds.
         chunk: Number of the chunk in the batch.
         start: First layer.
         layers: Number of layers.
@@ -53,6 +54,7 @@ class Segment:
     """
 
     name: str
+    planes: tuple[str, ...]
     chunk: int
     start: int
     layers: int
@@ -120,7 +122,7 @@ def collect(frames: Sequence[Frame], recipe: Recipe, *, pinned: bool) -> Batch:
         raise PipelineError("the frames of a batch hold different numbers of levels; name a level that all hold")
     sizes = [sum(len(level) for level in frame.payload) for frame in frames]
     payload = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
-    view = memoryview(payload.numpy())
+    view = memoryview(payload.numpy().data)
     segments: list[Segment] = []
     base = 0
     for chunk, frame in enumerate(frames):
@@ -143,8 +145,8 @@ def _segments_of(frame: Frame, chunk: int, base: int, recipe: Recipe) -> Iterato
         places[group][name] = base + segment.offset
     start = 0
     for layers, coded, at in zip(frame.head.header.groups, parts, places, strict=True):
-        for name in recipe.layout.planes:
-            yield Segment(name, chunk, start, layers, coded, at)
+        for name, planes in recipe.coded.items():
+            yield Segment(name, planes, chunk, start, layers, coded, at)
         start += layers
 
 
@@ -185,8 +187,7 @@ def _read_segment(segment: Segment, planes: Planes, recipe: Recipe, matrices: Ma
     step = torch.tensor(step_size(nested._step(segment.name)))
     if f"{segment.name}.step" in segment.coded:
         step = segment.coded[f"{segment.name}.step"].view(torch.bfloat16).float().view(segment.layers, recipe.heads)
-    plane = list(recipe.layout.planes).index(segment.name)
-    matrix = matrices.scale[plane, segment.start : segment.start + segment.layers, None]
+    matrix = matrices.scale[segment.name][segment.start : segment.start + segment.layers, None]
     unit = step * (matrix * value_unit(recipe, held))
     segment.unit = unit.expand(segment.layers, recipe.heads).contiguous().numpy()
 
@@ -201,6 +202,28 @@ def _read_streams(segment: Segment, recipe: Recipe, held: int, first_lane: int) 
             first_lane += len(stream.lanes.states)
         segment.streams.append(stream)
     return first_lane
+
+
+def coarse_means(batch: Batch, recipe: Recipe) -> tuple[Array, dict[tuple[int, int, str], int]]:
+    """Means that frames hold as small integers: values, and where those of a chunk, first layer and plane begin.
+
+    Raises:
+        FrameCorruptError: They are no stream of small integers.
+    """
+    values: list[Array] = []
+    places: dict[tuple[int, int, str], int] = {}
+    at = 0
+    for segment in batch.segments:
+        specs, _ = recipe.coder_input(segment.layers, segment.start)
+        for plane in segment.planes:
+            name = f"{plane}.mean"
+            coded = segment.coded[name]
+            whole = _unpack_integers(name, coded, specs[name]) if recipe.nested else coded.view(torch.int8)
+            step = segment.coded[f"{plane}.mean_step"].view(torch.bfloat16).float()
+            values.append((whole.view(len(step), -1).float() * step[:, None]).flatten().numpy())
+            places[segment.chunk, segment.start, plane] = at
+            at += len(values[-1])
+    return np.concatenate(values), places
 
 
 @dataclass(eq=False)

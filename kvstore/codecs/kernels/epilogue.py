@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """What every decode kernel ends with: unweigh, add the mean, rotate, and scatter into the pages of a cache.
 
 A tile of vectors comes as two halves, the first and the second dimensions of the rotary pairs, so that a rotation
@@ -82,7 +83,7 @@ def finish(
 ):
     """Make values of a tile of vectors and write them.
 
-    Args:
+    Of the arguments, these are tiles and what belongs to their rows; the others are the same for all:
         low: `[rows, DIM / 2]` float32, first half of each vector.
         high: The second half.
         factor: `[rows]` float32 that multiplies them.
@@ -104,7 +105,7 @@ def finish(
         at = mean_at[:, None]
         low += tl.load(mean_ptr + at + first[None, :], mask=used[:, None], other=0.0).to(tl.float32)
         high += tl.load(mean_ptr + at + second[None, :], mask=used[:, None], other=0.0).to(tl.float32)
-    if ROPE:
+    if ROPE:  # noqa: SIM102 # One is known when the kernel is compiled, the other when it runs.
         if is_key != 0:
             low, high = _rotate(low, high, cos_ptr, sin_ptr, slot_row, used, DIM, ROTARY, INTERLEAVED)
     slot = tl.load(slots_ptr + slot_row, mask=used, other=-1)

@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """Decode in one kernel: rANS or packed digits, centroids, inverse Hadamard rotation, and the end of `epilogue.py`.
 
 Segments differ in their lanes, so a tile is 16 *row lanes* (the 16 column lanes of one row of lanes each) of any

@@ -114,6 +114,14 @@ class Recipe:
         return self.stages[Rans].packed_from if Rans in self.stages else 0
 
     @property
+    def coded(self) -> dict[str, tuple[str, ...]]:
+        """Planes that each coded plane holds: itself, or K and V where a basis is joint."""
+        names = tuple(self.layout.planes)
+        if self.klt and self.klt.data and self.klt.data.card.get("joint"):
+            return {"".join(names): names}
+        return {name: (name,) for name in names}
+
+    @property
     def heads(self) -> int:
         """Heads of every plane."""
         return next(iter(self.layout.planes.values())).shape[2]
@@ -157,13 +165,13 @@ class Matrices:
 
     Args:
         data: All of them, float16, each scaled by a power of two (or, Hadamard's, to +-1).
-        first: Where the one of a plane and a layer group begins.
-        scale: `[planes, layers]` float32, what is left to multiply by.
+        first: Where the one of a coded plane and a layer group begins.
+        scale: `[layers]` float32 by coded plane, what is left to multiply by.
     """
 
     data: torch.Tensor
     first: dict[tuple[str, int], int]
-    scale: torch.Tensor
+    scale: dict[str, torch.Tensor]
 
 
 @lru_cache(maxsize=8)
@@ -171,7 +179,7 @@ def hadamard_matrices(dim: int, seed: int, names: tuple[str, ...], layers: int, 
     """The inverse rotation, `[dim, dim]`, the same for all."""
     inverse = (rotation(dim, seed).T * dim**0.5).round().half().contiguous()
     first = {(name, layer): 0 for name in names for layer in range(layers)}
-    return Matrices(inverse.flatten().to(device), first, torch.full((len(names), layers), dim**-0.5))
+    return Matrices(inverse.flatten().to(device), first, {name: torch.full((layers,), dim**-0.5) for name in names})
 
 
 @lru_cache(maxsize=4)
@@ -183,9 +191,9 @@ def klt_matrices(artefact: Artefact, names: tuple[str, ...], groups: tuple[int, 
     """
     parts: list[torch.Tensor] = []
     first: dict[tuple[str, int], int] = {}
-    scale = torch.ones(len(names), sum(groups))
+    scale = {name: torch.ones(sum(groups)) for name in names}
     at = 0
-    for plane, name in enumerate(names):
+    for name in names:
         start = 0
         for layers in groups:
             first[name, start] = at
@@ -195,7 +203,7 @@ def klt_matrices(artefact: Artefact, names: tuple[str, ...], groups: tuple[int, 
                 # A power of two, so that scaling loses nothing.
                 exponent = torch.frexp(matrix.abs().max().clamp_min(1e-30)).exponent
                 parts.append(torch.ldexp(matrix, -exponent).half().flatten())
-                scale[plane, layer : start + layers if spans else layer + 1] = torch.ldexp(torch.ones(()), exponent)
+                scale[name][layer : start + layers if spans else layer + 1] = torch.ldexp(torch.ones(()), exponent)
                 at += len(parts[-1])
             start += layers
     return Matrices(torch.cat(parts).to(device), first, scale)
@@ -207,7 +215,7 @@ def matrices_of(recipe: Recipe, groups: tuple[int, ...], device: torch.device) -
     Raises:
         PipelineError: A basis is missing.
     """
-    names = tuple(recipe.layout.planes)
+    names = tuple(recipe.coded)
     if recipe.hadamard:
         return hadamard_matrices(recipe.dim, recipe.hadamard.seed, names, recipe.layout.layers, device)
     assert recipe.klt is not None

@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """Decode in two kernels: coefficients of any lanes and classes to float16 scratch, then a matrix product.
 
 The path of transforms that span heads or layers, where a vector is far larger than a tile, and of segments with too few
@@ -146,8 +147,8 @@ def digits_kernel(
 
 
 PRODUCT_FIELDS = 10
-"""Of a plane of a layer group: layers, values, their row's length, columns in use, matrix, blocks, scales, chunk, layer,
-mean."""
+"""Of a plane of a layer group: layers, values, their row's length, columns in use, matrix; blocks, scales, chunk,
+layer, mean: where they begin, or which."""
 _PRODUCT = tl.constexpr(PRODUCT_FIELDS)
 
 

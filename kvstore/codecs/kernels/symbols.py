@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """Device functions of rANS: symbols by compares, a 32-bit state, at most one 16-bit word a symbol.
 
 They work on tensors of lanes of any shape. A lane that runs out of words reads zeros and counts on, so that nothing
