@@ -20,6 +20,7 @@ from kvstore.errors import PipelineError
 VERSION = 1
 ARTEFACT_BYTES_MAX = 1 << 32
 _CARD = "kvstore_artefact"
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +121,13 @@ def _parsed(digest: str, data: bytes) -> Artefact:
         tensors = load_safetensors(data)
         size = struct.unpack_from("<Q", data)[0]
         card = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_CARD])
-    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as exc:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, struct.error) as exc:
         raise PipelineError(f"calibration artefact {digest} cannot be read: {exc}") from exc
     if not isinstance(card, dict) or card.get("version") != VERSION:
         raise PipelineError(f"calibration artefact {digest} is not of version {VERSION}")
-    if not all(torch.isfinite(x).all() for x in tensors.values() if x.is_floating_point()):
-        raise PipelineError(f"calibration artefact {digest} has values that are not finite")
+    for name, x in tensors.items():
+        if x.dtype not in _DTYPES:
+            raise PipelineError(f"tensor {name!r} of calibration artefact {digest} is of {x.dtype}")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise PipelineError(f"tensor {name!r} of calibration artefact {digest} has values that are not finite")
     return Artefact(digest, card, tensors)

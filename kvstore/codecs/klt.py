@@ -53,7 +53,7 @@ class Klt:
                 self._check_group(span, layers * width)
                 shape = (1, tokens, 1, layers * width)
             else:
-                blocks, n = self._matrix(span.out, "inverse", 0).shape[:2]
+                blocks, n = self._data().tensor(self.name, f"{span.out}.inverse.0", (-1, -1, -1)).shape[:2]
                 if (blocks, n) not in ((1, width), (heads, dim)) or blocks * n != width:
                     raise PipelineError(
                         f"stage 'klt': artefact {self.artefact} has {blocks} bases of {n} dimensions, "
@@ -81,7 +81,7 @@ class Klt:
             x = torch.cat([planes[name].float().flatten(2) for name in span.planes], 2)
             if span.layers > 1:
                 x = x.transpose(0, 1).reshape(1, x.shape[1], -1)
-            matrices = self._matrices(span, "forward", planes[".layer"])
+            matrices = self._matrices(span, "forward", planes[".layer"], self.infer(specs)[span.out].shape)
             products = [
                 _multiply(vectors.view(len(vectors), *matrix.shape[:2]), matrix)
                 for vectors, matrix in zip(x, matrices, strict=True)
@@ -93,8 +93,8 @@ class Klt:
         out = {name: planes[name] for name in like if "." in name}
         for span in self._spans(like):
             layers, tokens, heads, dim = like[span.planes[0]].shape
-            matrices = self._matrices(span, "inverse", planes[".layer"])
             coefficients = planes[span.out]
+            matrices = self._matrices(span, "inverse", planes[".layer"], tuple(coefficients.shape))
             rank = _rank(coefficients)
             parts = [
                 _multiply(vectors[..., :rank], matrix[:, :rank]).reshape(tokens, -1)
@@ -110,19 +110,21 @@ class Klt:
     def _spans(self, specs: Specs) -> list[_Span]:
         names = require_floats(self.name, specs)
         layers = self._data().group_layers
+        if not names:
+            raise PipelineError("stage 'klt' transforms K and V, and another stage has turned them into codes")
         if self._data().card.get("joint"):
             if len({specs[name].shape for name in names}) > 1:
                 raise PipelineError("stage 'klt': a joint basis needs K and V of the same shape")
             return [_Span("".join(names), tuple(names), layers)]
         return [_Span(name, (name,), layers) for name in names]
 
-    def _matrices(self, span: _Span, kind: str, layers: torch.Tensor) -> list[torch.Tensor]:
-        """Bases `[blocks, n, n]`: one a layer, or one for all layers of the group."""
+    def _matrices(self, span: _Span, kind: str, layers: torch.Tensor, shape: tuple[int, ...]) -> list[torch.Tensor]:
+        """Bases `[blocks, n, n]` of coefficients of a shape: one a layer, or one for all layers of the group."""
         firsts: list[int] = layers.tolist()
-        return [self._matrix(span.out, kind, first) for first in (firsts[:1] if span.layers > 1 else firsts)]
-
-    def _matrix(self, name: str, kind: str, first: int) -> torch.Tensor:
-        return self._data().matrix(self.name, f"{name}.{kind}.{first}", (-1, -1, -1))
+        return [
+            self._data().matrix(self.name, f"{span.out}.{kind}.{first}", (*shape[2:], shape[-1]))
+            for first in (firsts[:1] if span.layers > 1 else firsts)
+        ]
 
     def _check_group(self, span: _Span, width: int) -> None:
         prefix = f"{span.out}.inverse."

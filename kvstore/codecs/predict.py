@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from kvstore.codecs.artefact import Artefact
-from kvstore.codecs.ref.predict import features
+from kvstore.codecs.ref.predict import HISTORY, features
 from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
 from kvstore.errors import PipelineError
 
@@ -62,12 +62,23 @@ class Predict:
             shape = specs[name].shape
             matrices = [self._matrix(name, layer, shape[2] * shape[3]) for layer in planes[".layer"].tolist()]
             if inputs.shape[1] != len(matrices[0]):
-                inputs = features(table, ids, shape[1], (len(matrices[0]) - 1) // table.shape[1])
+                inputs = features(table, ids, shape[1], self._window(len(matrices[0]), table.shape[1]))
+            if {len(matrix) for matrix in matrices} != {inputs.shape[1]}:
+                raise PipelineError(f"stage 'predict': artefact {self.artefact} has matrices of different windows")
             found[name] = torch.stack([inputs @ matrix for matrix in matrices]).view(shape)
         return found
 
     def _matrix(self, name: str, layer: int, width: int) -> torch.Tensor:
         return self._data().matrix(self.name, f"{name}.predict.{layer}", (-1, width))
+
+    def _window(self, rows: int, dims: int) -> int:
+        """Tokens that a matrix looks at."""
+        window = (rows - 1) // max(dims, 1)
+        if rows != window * dims + 1 or not 1 <= window <= HISTORY + 1:
+            raise PipelineError(
+                f"stage 'predict': artefact {self.artefact} has matrices of {rows} rows for tokens of {dims} dimensions"
+            )
+        return window
 
     def _data(self) -> Artefact:
         if self.data is None:
