@@ -7,7 +7,7 @@ import torch
 
 from kvstore.codecs.options import require_int, require_names
 from kvstore.codecs.ref.absmax import centre_of, quantise, reconstruct, scale_of
-from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
+from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats, require_layers
 from kvstore.errors import PipelineError
 from kvstore.layout import PlaneSpec
 
@@ -46,9 +46,9 @@ class AbsMax:
     def infer(self, specs: Specs) -> Specs:
         names = require_floats(self.name, specs, self.planes)
         out = {name: spec for name, spec in specs.items() if name not in names}
-        if self.first_layers and ".layer" not in specs:
-            raise PipelineError(f"stage {self.name!r}: first_layers need the numbers of the layers, '.layer'")
         for name in names:
+            if self.first_layers:
+                require_layers(self.name, "first_layers", specs, name)
             shape = specs[name].shape
             symbols = 2 * centre_of(max(self.bins, self.first_bins)) + 1
             out[f"{name}.maxabs"] = PlaneSpec("bfloat16", (*shape[:2], 1, 1), level=0)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from kvstore.codecs.options import require_int
 from kvstore.codecs.ref.anchor import anchors, spread
-from kvstore.codecs.stage import Planes, Specs, base_planes, require_finite, require_floats
+from kvstore.codecs.stage import Planes, Specs, base_planes, require_finite, require_floats, require_new
 
 _EVERY_MAX = 1 << 16
 
@@ -31,6 +31,7 @@ class Anchor:
     def infer(self, specs: Specs) -> Specs:
         out = dict(specs)
         for name in require_floats(self.name, specs):
+            require_new(self.name, specs, f"{name}.anchor")
             layers, tokens, heads, dim = specs[name].shape
             out[name] = replace(specs[name], dtype="float32")
             shape = (layers, -(-tokens // self.every), heads, dim)

@@ -10,7 +10,7 @@ from kvstore.codecs.artefact import Artefact
 from kvstore.codecs.options import require_bool, require_int
 from kvstore.codecs.ref.classes import CLASSES_PER_LEVEL
 from kvstore.codecs.ref.rope import rotary_planes, rotate
-from kvstore.codecs.stage import Planes, Specs, require_floats
+from kvstore.codecs.stage import Planes, Specs, require_floats, require_new
 from kvstore.errors import PipelineError
 from kvstore.layout import Layout, PlaneSpec
 
@@ -43,6 +43,7 @@ class Importance:
 
     def infer(self, specs: Specs) -> Specs:
         require_floats(self.name, specs, ("k",))
+        require_new(self.name, specs, "token.scale")
         if self.data is None:
             raise PipelineError("stage 'importance' needs a calibration artefact: make one with 'kvstore calibrate'")
         if ".cos" not in specs:

@@ -7,7 +7,7 @@ import torch
 
 from kvstore.codecs.options import require_int
 from kvstore.codecs.ref.keep import join, split
-from kvstore.codecs.stage import Planes, Specs, base_planes, require_floats
+from kvstore.codecs.stage import Planes, Specs, base_planes, require_floats, require_new
 from kvstore.errors import FrameCorruptError, PipelineError
 
 _TOKENS_MAX = 1 << 16
@@ -41,6 +41,7 @@ class Keep:
             return out
         for name in require_floats(self.name, specs):
             spec = specs[name]
+            require_new(self.name, specs, f"{name}.kept")
             layers, tokens, *rest = spec.shape
             shape = (layers, min(self.sinks + self.recent, tokens), *rest)
             out[f"{name}.kept"] = replace(spec, shape=shape, level=0, at_most=True)

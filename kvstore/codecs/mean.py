@@ -7,7 +7,7 @@ import torch
 
 from kvstore.codecs.artefact import Artefact
 from kvstore.codecs.options import require_bool
-from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
+from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats, require_new
 from kvstore.layout import PlaneSpec
 
 _PARTS = 4
@@ -44,6 +44,7 @@ class Mean:
             if self.data:
                 self.data.tensor(self.name, f"{name}.mean", (-1, heads, dim))
             else:
+                require_new(self.name, specs, f"{name}.mean")
                 dtype = "int8" if self.coarse else "bfloat16"
                 out[f"{name}.mean"] = PlaneSpec(dtype, (layers, 1, heads, dim), level=0)
                 if self.coarse:

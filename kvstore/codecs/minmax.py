@@ -17,7 +17,7 @@ from kvstore.codecs.ref.minmax import (
     spread,
     spread_by_class,
 )
-from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
+from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats, require_layers
 from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.layout import PlaneSpec
 
@@ -67,9 +67,9 @@ class MinMax:
     def infer(self, specs: Specs) -> Specs:
         names = require_floats(self.name, specs, self.planes)
         out = {name: spec for name, spec in specs.items() if name not in names}
-        if self.low_heads and ".layer" not in specs:
-            raise PipelineError(f"stage {self.name!r}: low_heads need the numbers of the layers, '.layer'")
         for name in names:
+            if self.low_heads:
+                require_layers(self.name, "low_heads", specs, name)
             shape = specs[name].shape
             pairs = PlaneSpec(
                 "bfloat16", self._pairs_shape(shape), level=0, at_most=self._merged and bool(self.low_heads)

@@ -124,6 +124,28 @@ def require_floats(stage: str, specs: Specs, only: Sequence[str] = ()) -> list[s
     return names
 
 
+def require_new(stage: str, specs: Specs, name: str) -> None:
+    """Refuse to write over a side plane that another stage needs for decoding.
+
+    Raises:
+        PipelineError: There is a plane of that name.
+    """
+    if name in specs:
+        raise PipelineError(f"stage {stage!r}: an earlier stage has made a plane {name!r} already")
+
+
+def require_layers(stage: str, option: str, specs: Specs, name: str) -> None:
+    """Refuse an option that goes by the numbers of layers where a plane has not one row for each of them.
+
+    Raises:
+        PipelineError: The numbers are not known, or a transform has joined the layers.
+    """
+    if ".layer" not in specs:
+        raise PipelineError(f"stage {stage!r}: {option} need the numbers of the layers, '.layer'")
+    if specs[".layer"].shape[0] != specs[name].shape[0]:
+        raise PipelineError(f"stage {stage!r}: {option} need layers of their own, plane {name!r} spans several")
+
+
 def require_finite(stage: str, name: str, values: torch.Tensor) -> None:
     """Refuse values that no lossy stage can encode.
 
