@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from kvstore.codecs.ref import rans
-from kvstore.codecs.ref.nested import coarser, index_limit
+from kvstore.codecs.ref.classes import index_limit
+from kvstore.codecs.ref.nested import coarser
 from kvstore.frame import Frame, parse_frame
 from tests.codec_cases import (
     NAMED_CASES,
