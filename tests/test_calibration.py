@@ -1,6 +1,7 @@
 """Calibration: what an artefact holds, what frames are worth with it, and what the command refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -230,6 +231,27 @@ async def test_without_its_artefact_nothing_is_decoded(trial: Trial, artefacts: 
         await get_prefix(backend, trial.layout, trial.token_ids, artefacts={artefact_digest(data): artefacts["tokens"]})
 
 
+def test_the_python_example_of_the_page_runs(
+    artefacts: Mapping[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "calibration.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("llama.safetensors").write_bytes(artefacts["tokens"])
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["pipeline"].artefacts == (artefact_digest(artefacts["tokens"]),)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_on_the_page_with_its_dtype(kind: str, artefacts: Mapping[str, bytes]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "codecs.md").read_text()
+    for name, x in load_artefact(artefacts[kind]).tensors.items():
+        row = "k" + re.sub(r"\.\d+$", ".LAYER", name).removeprefix("kv").lstrip("kv") if "." in name else name
+        assert re.search(rf"\| `{re.escape(row)}` \| `\[.*\]` {str(x.dtype).removeprefix('torch.')} \|", page), row
+    assert all(f"`{field}`" in page for field in load_artefact(artefacts[kind]).card)
+
+
 # What cannot be.
 
 
@@ -267,7 +289,7 @@ def test_an_attention_without_output_projection_needs_another_metric(
 
 def test_an_attention_that_is_elsewhere_is_named(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "_model", torch.nn.Identity())
-    with pytest.raises(ConfigError, match="Identity is not in model.layers"):
+    with pytest.raises(ConfigError, match=r"Identity is not in model\.layers"):
         _ = loaded.attentions
 
 

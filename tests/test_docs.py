@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstore.backend import Outcome, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.cli import main
 from kvstore.client import Client, error_classes
-from kvstore.codecs import NAMED
+from kvstore.codecs import CALIBRATED, NAMED, Context
+from kvstore.codecs.context import known_planes, written_planes
 from kvstore.codecs.registry import STAGES
 from kvstore.config import ServerConfig
+from kvstore.layout import Rope, attention_layout
 from kvstore.metrics import Metrics
 from kvstore.server import create_app, running_server
 
@@ -64,8 +67,43 @@ def test_every_metric_is_documented() -> None:
         assert f"`{name}`" in page("metrics")
 
 
+@pytest.mark.parametrize(("command", "name"), [("inspect", "format"), ("calibrate", "calibration"), ("demo", None)])
+def test_every_flag_of_a_command_is_documented(
+    command: str, name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    text = page(name) if name else (ROOT / "README.md").read_text()
+    missing = [flag for flag in flags if not re.search(rf"`[^`]*{flag}\b[^`]*`", text)]
+    assert missing == []
+
+
 def test_every_stage_and_pipeline_is_documented() -> None:
-    assert all(f"| `{name}` |" in page("codecs") for name in (*STAGES, *NAMED))
+    assert all(f"| `{name}` |" in page("codecs") for name in (*STAGES, *NAMED, *CALIBRATED))
+
+
+def test_every_option_of_a_stage_is_in_its_row() -> None:
+    rows = page("codecs").splitlines()
+    for name, stage in STAGES.items():
+        [row, *_] = [line for line in rows if line.startswith(f"| `{name}` |")]
+        options = [field.name for field in dataclasses.fields(stage) if field.name != "data"]
+        assert all(f"`{option}`" in row.split("|")[2] for option in options), (name, options)
+
+
+def test_the_stages_of_a_named_pipeline_are_in_its_row() -> None:
+    rows = page("codecs").splitlines()
+    made = {name: make("0" * 64) for name, make in CALIBRATED.items()}
+    for name, spec in {**NAMED, **made}.items():
+        [row] = [line for line in rows if line.startswith(f"| `{name}` |") and "`raw`" in line.split("|")[2]]
+        assert all(f"`{stage['stage']}`" in row for stage in spec), name
+
+
+def test_every_context_plane_is_documented() -> None:
+    layout = attention_layout("m", "r", layers=1, kv_heads=1, head_dim=8, chunk_tokens=4, rope=Rope(10000.0, 8))
+    context = Context(importance=torch.ones(1, 4), token_ids=[1, 2, 3, 4])
+    for name in (*known_planes(layout, 0, context.token_ids), *written_planes(context)):
+        assert f"`{name}`" in page("codecs"), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
