@@ -1,6 +1,7 @@
 """The documentation is true: everything public is on its page, links lead somewhere, examples run."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -83,12 +84,14 @@ def test_every_stage_and_pipeline_is_documented() -> None:
     assert all(f"| `{name}` |" in page("codecs") for name in (*STAGES, *NAMED, *CALIBRATED))
 
 
-def test_every_option_of_a_stage_is_in_its_row() -> None:
+def test_every_option_of_a_stage_is_in_its_row_with_its_default() -> None:
     rows = page("codecs").splitlines()
     for name, stage in STAGES.items():
-        [row, *_] = [line for line in rows if line.startswith(f"| `{name}` |")]
-        options = [field.name for field in dataclasses.fields(stage) if field.name != "data"]
-        assert all(f"`{option}`" in row.split("|")[2] for option in options), (name, options)
+        [row, *_] = [line.split("|")[2] for line in rows if line.startswith(f"| `{name}` |")]
+        for option in dataclasses.fields(stage):
+            words = {"data": "", "artefact": "`artefact`", "planes": "`planes` (all"}
+            default = json.dumps(list(option.default) if option.default == () else option.default, default=str)
+            assert words.get(option.name, f"`{option.name}` ({default}") in row, (name, option.name, default)
 
 
 def test_the_stages_of_a_named_pipeline_are_in_its_row() -> None:
