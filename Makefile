@@ -37,7 +37,7 @@ format: $(VENV)/.dev
 bench: $(addprefix bench-,$(BENCHMARKS)) docs
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.$*
+	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report

@@ -16,6 +16,12 @@ def ladder(levels: int = 3, step: int = 48, value_step: int = 24) -> Spec:
     return ({"stage": "rope"}, {"stage": "mean", "coarse": True}, {"stage": "hadamard"}, grid, *_CODED)
 
 
+def ladder_repeats(levels: int = 3, step: int = 32, value_step: int = 24) -> Spec:
+    """`ladder` that says once what repeated tokens have in common: for readers that know the token ids."""
+    rope, mean, *rest = ladder(levels, step, value_step)
+    return (rope, mean, {"stage": "repeats"}, *rest)
+
+
 def ladder_weighted(artefact: str, levels: int = 3, step: int = -320) -> Spec:
     """`ladder` with calibrated channel weights and token importance: no matrix product more than the Hadamard one."""
     return (
@@ -69,6 +75,7 @@ NAMED: Mapping[str, Spec] = MappingProxyType(
             {"stage": "raw"},
         ),
         "ladder": ladder(),
+        "ladder-repeats": ladder_repeats(),
         **RECOMPOSITIONS,
     }
 )

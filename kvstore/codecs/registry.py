@@ -21,6 +21,7 @@ from kvstore.codecs.pack import Pack
 from kvstore.codecs.predict import Predict
 from kvstore.codecs.rans import Rans
 from kvstore.codecs.raw import Raw
+from kvstore.codecs.repeats import Repeats
 from kvstore.codecs.rope import UndoRope
 from kvstore.codecs.step import Step
 from kvstore.codecs.weigh import Weigh
@@ -34,6 +35,7 @@ STAGES: Mapping[str, type[Any]] = MappingProxyType(
             UndoRope,
             Mean,
             Predict,
+            Repeats,
             Weigh,
             Hadamard,
             Klt,
