@@ -10,6 +10,8 @@ from kvstore.codecs.ref.nested import CLASS_MIN, COST_MAX
 
 # What a squared error of one step costs in bits where rate and distortion are traded at a Gaussian's slope.
 _ERROR_BITS = 6 / math.log(2)
+# Where clipping costs no more than this, no wider class can gain anything.
+_CLIPPED_BITS = 2.0
 
 
 @jit
@@ -46,6 +48,18 @@ def row_cost(x: Array, step: float, classes: Array, offset: int, costs: Array, l
 
 
 @jit
+def clipped_bits(x: Array, step: float, classes: Array, offset: int, limits: Array, finer: float) -> float:
+    """What `row_cost` counts for clipping."""
+    bits = 0.0
+    for j in range(len(x)):
+        c = min(max(classes[j] + offset, CLASS_MIN), CLASS_MAX)
+        beyond = abs(x[j]) / step - (limits[c - CLASS_MIN] + 0.5) / finer
+        if beyond > 0:
+            bits += _ERROR_BITS * beyond**2
+    return bits
+
+
+@jit
 def best_offset(
     x: Array, step: float, classes: Array, low: int, high: int, costs: Array, limits: Array, finer: float
 ) -> int:
@@ -65,6 +79,14 @@ def best_offset(
             if other > cost or (other == cost and not other > 1e300):
                 break
             best, cost = best + direction, other
+    # An outlier where next to nothing was expected is cut until its class is wide enough, which may be far uphill.
+    widest, before, falls = best, cost, False
+    while widest < high and (falls or clipped_bits(x, step, classes, widest, limits, finer) > _CLIPPED_BITS):
+        widest += 1
+        other = row_cost(x, step, classes, widest, costs, limits, finer)
+        falls, before = other < before, other
+        if other < cost:
+            best, cost = widest, other
     return best
 
 
