@@ -41,7 +41,12 @@ def of_dtype(layout: Layout, dtype: str) -> Layout:
 
 def layout_for(name: str, dtype: str = "bfloat16") -> Layout:
     """The layout with which a named pipeline is tested: with rotary embedding where it needs one, and only there."""
-    return of_dtype(ROTARY if name == "ladder" else BARE, dtype)
+    return of_dtype(ROTARY if "rope" in stages_of(name) else BARE, dtype)
+
+
+def stages_of(name: str) -> set[str]:
+    """Names of the stages of a named pipeline."""
+    return {stage["stage"] for stage in NAMED[name]}
 
 
 def key_of(layout: Layout) -> ChunkKey:
@@ -89,28 +94,35 @@ def make_tensors(
         return torch.randn(*shape, generator=generator)
 
     layers, _, heads, dim = layout.planes["k"].shape
+    # What `planes_like` makes, rotary embedding undone: a channel of V with a mean, a pair of K that turns.
+    spread = torch.ones(2, heads, dim, dtype=torch.float64)
+    spread[0, :, 0] = spread[0, :, dim // 2] = 200
+    means = torch.zeros(2, heads, dim)
+    means[1, :, 0] = 20
     tensors: Planes = {"probes": random(layers, 2 * heads, 6, dim).half()}
     for first in range(0, layers, group_layers):
-        width = min(group_layers, layers - first) * heads * dim
-        blocks, n = (heads, dim) if by_head else (1, width)
-        for name in ("kv",) if joint else ("k", "v"):
-            size = 2 * n if joint else n
-            spectrum = torch.logspace(0, -2, size, dtype=torch.float64)
+        group = min(group_layers, layers - first)
+        spans = {"kv": spread.repeat(group, 1, 1)} if joint else {"k": spread[:1].repeat(group, 1, 1)}
+        spans |= {} if joint else {"v": spread[1:].repeat(group, 1, 1)}
+        for name, variance in spans.items():
             bases = []
-            for _ in range(blocks):
-                root = random(size, size).double() / size**0.5
-                metric = random(size, size).double() / size**0.5
-                bases.append(klt(root @ torch.diag(spectrum) @ root.T, metric_root(metric @ metric.T * 0.01)))
+            for block in variance.view(-1, dim) if by_head else [variance.flatten()]:
+                metric = random(len(block), len(block)).double()
+                metric = torch.eye(len(block)) * 0.01 + metric @ metric.T * 0.01 / len(block)
+                bases.append(klt(torch.diag(block), metric_root(metric)))
             tensors |= basis_tensors(name, first, bases)
-    for name in ("k", "v"):
-        tensors[f"{name}.mean"] = random(layers, heads, dim)
-        tensors[f"{name}.weight"] = random(layers, heads, dim).abs() * 0.05 + 0.01
-        tensors[f"{name}.spread"] = sigma_units(random(layers, heads).abs() * 0.1 + 0.01)
+    for n, name in enumerate(("k", "v")):
+        weight = random(layers, heads, dim).abs() * 0.05 + 0.05
+        tensors[f"{name}.mean"] = means[n].repeat(layers, 1, 1)
+        tensors[f"{name}.weight"] = weight
+        tensors[f"{name}.spread"] = sigma_units((weight.square() * spread[n]).mean(-1).sqrt())
     if window:
         tensors["tokens"] = random(VOCABULARY, 4).half()
-        for name in ("k", "v"):
+        for n, name in enumerate(("k", "v")):
             for layer in range(layers):
-                tensors[f"{name}.predict.{layer}"] = random(4 * window + 1, heads * dim).half()
+                matrix = random(4 * window + 1, heads * dim) * 0.1
+                matrix[-1] = means[n].flatten()
+                tensors[f"{name}.predict.{layer}"] = matrix.half()
     return tensors
 
 
@@ -152,7 +164,8 @@ def case_of(name: str, dtype: str = "bfloat16", artefacts: Artefacts | None = No
     """A named or calibrated pipeline, with a chunk for it."""
     if name in NAMED:
         layout = layout_for(name, dtype)
-        return Case(named_pipeline(name), layout, {}, Context(), key_of(layout))
+        token_ids = TOKEN_IDS[: layout.chunk_tokens] if "repeats" in stages_of(name) else ()
+        return Case(named_pipeline(name), layout, {}, Context(token_ids=token_ids), key_of(layout))
     layout = of_dtype(TINY, dtype)
     if artefacts is None:
         artefacts = joint_artefacts() if name == "ladder-tokens" else separate_artefacts()
