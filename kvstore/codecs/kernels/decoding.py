@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 
 from kvstore.codecs.context import known_planes
 from kvstore.codecs.fast.nested import Array
@@ -20,7 +19,6 @@ from kvstore.codecs.kernels.symbols import static_tables
 from kvstore.codecs.mean import Mean
 from kvstore.codecs.ref.classes import CLASSES_PER_LEVEL
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _PRODUCT_TOKENS = 64
 _PRODUCT_BLOCK = 64
 _STEP_ROWS = 64
@@ -87,7 +85,7 @@ class Decoding:
             mean = self._means(recipe.mean)
         if recipe.weigh and recipe.weigh.data:
             weight = self._table(recipe.weigh.data, "weight")
-        addresses = cache.addresses(self._names)
+        places, unit = cache.places(self._names)
         names = ("stride_block", "stride_token", "stride_head", "stride_dim")
         return {
             "mean_ptr": mean,
@@ -95,7 +93,8 @@ class Decoding:
             "cos_ptr": cos,
             "sin_ptr": sin,
             "slots_ptr": slots.contiguous().flatten().to(self.device),
-            "addresses_ptr": addresses.to(self.device),
+            "cache_ptr": cache.planes[self._names[0]][0],
+            "places_ptr": places.to(self.device),
             "tokens": layout.chunk_tokens,
             **dict(zip(names, cache.strides, strict=True)),
             "DIM": recipe.dim,
@@ -106,8 +105,7 @@ class Decoding:
             "WEIGHT": recipe.weigh is not None,
             "ROPE": rope is not None,
             "PAGE": cache.block_tokens,
-            "ALIGNED": not bool((addresses % 16).any()),
-            "DTYPE": _TYPES[cache.dtype],
+            "UNIT": unit,
         }
 
     def _table(self, artefact: Any, kind: str) -> torch.Tensor:
@@ -126,14 +124,14 @@ class Decoding:
         return self._payload.view(torch.bfloat16)
 
     def _place(self, segment: Segment, plane: str) -> tuple[int, int, int]:
-        """Chunk, row of the first layer in tables of all planes and layers, and where the means begin."""
+        """Chunk, row of the first layer in tables of all planes and layers, and where the means begin (by 8)."""
         recipe = self.recipe
         row = self._names.index(plane) * recipe.layout.layers + segment.start
         mean_at = row * recipe.heads * recipe.dim
         if recipe.mean and recipe.mean.data is None:
             coarse = self._mean_places.get((segment.chunk, segment.start, plane))
             mean_at = segment.at[f"{plane}.mean"] // 2 if coarse is None else coarse
-        return segment.chunk, row, mean_at
+        return segment.chunk, row, mean_at // 8
 
     def _prepare_step(self) -> None:
         batch, recipe = self.batch, self.recipe
@@ -254,7 +252,7 @@ class Decoding:
             first = self._matrices.first[segment.name, segment.start]
             for number, plane in enumerate(segment.planes):
                 column = first + number * self.recipe.heads * self.recipe.dim
-                shape = (segment.layers, scratch_at, n, used, column, block_at, scale_at)
+                shape = (segment.layers, scratch_at // 8, n // 8, used, column // 8, block_at, scale_at)
                 products.append((*shape, *self._place(segment, plane)))
                 is_key.append(plane == "k")
             offsets.append(segment.offset)

@@ -65,7 +65,8 @@ def finish(
     cos_ptr,
     sin_ptr,
     slots_ptr,
-    addresses_ptr,
+    cache_ptr,
+    places_ptr,
     stride_block,
     stride_token,
     stride_head,
@@ -78,8 +79,7 @@ def finish(
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Make values of a tile of vectors and write them.
 
@@ -89,9 +89,9 @@ def finish(
         factor: `[rows]` float32 that multiplies them.
         is_key: Whether this tile is of K, a scalar.
         slot_row: `[rows]` int64, `chunk * tokens + token`: row of the slots and of the rotary tables.
-        layer_row: `[rows]` int64, `plane * layers + layer`: row of the addresses and of the weights.
+        layer_row: `[rows]` int64, `plane * layers + layer`: row of the places and of the weights.
         head: `[rows]`.
-        mean_at: `[rows]` int64, where the mean of this layer and head begins.
+        mean_at: `[rows]` int64, where the mean of this layer and head begins, a multiple of 8.
         used: `[rows]` bool.
     """
     first, second = pair_columns(DIM, ROTARY, INTERLEAVED)
@@ -109,15 +109,15 @@ def finish(
         if is_key != 0:
             low, high = _rotate(low, high, cos_ptr, sin_ptr, slot_row, used, DIM, ROTARY, INTERLEAVED)
     slot = tl.load(slots_ptr + slot_row, mask=used, other=-1)
-    address = tl.load(addresses_ptr + layer_row, mask=used, other=0)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    at = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token + head.to(tl.int64) * stride_head
+    # In units of 16 bytes where they are aligned, so that the compiler knows that stores may be wide.
+    place = tl.load(places_ptr + layer_row, mask=used, other=0) * UNIT
+    at = place + (slot // PAGE) * stride_block + (slot % PAGE) * stride_token + head.to(tl.int64) * stride_head
     written = (used & (slot >= 0))[:, None]
-    page = address.to(tl.pointer_type(DTYPE))[:, None] + at[:, None]
+    page = cache_ptr + at[:, None]
+    dtype = cache_ptr.dtype.element_ty
     if INTERLEAVED:
         column = tl.arange(0, DIM)
-        tl.store(page + (column * stride_dim)[None, :], tl.interleave(low, high).to(DTYPE), mask=written)
+        tl.store(page + (column * stride_dim)[None, :], tl.interleave(low, high).to(dtype), mask=written)
     else:
-        tl.store(page + (first * stride_dim)[None, :], low.to(DTYPE), mask=written)
-        tl.store(page + (second * stride_dim)[None, :], high.to(DTYPE), mask=written)
+        tl.store(page + (first * stride_dim)[None, :], low.to(dtype), mask=written)
+        tl.store(page + (second * stride_dim)[None, :], high.to(dtype), mask=written)

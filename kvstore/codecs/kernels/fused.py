@@ -26,7 +26,8 @@ from kvstore.codecs.ref.classes import CLASSES_PER_LEVEL
 ROW_LANES = 16
 """Row lanes of a tile, and columns of a row lane."""
 SEGMENT_FIELDS = 8
-"""Of a segment: rows, row lanes, first row in the offsets, first in the blocks, in the scales, chunk, layer, mean."""
+"""Of a segment: rows, row lanes, first row in the offsets, first in the blocks, in the scales, chunk, layer, mean;
+means count by 8, so that the compiler knows that loads may be wide."""
 STREAM_FIELDS = 2
 """Of a level of a segment: row lanes and its first lane; or, where it is packed, 0 and its first byte."""
 LEVELS_MAX = 3
@@ -194,7 +195,8 @@ def rans_tile_kernel(
     cos_ptr,
     sin_ptr,
     slots_ptr,
-    addresses_ptr,
+    cache_ptr,
+    places_ptr,
     tokens,
     stride_block,
     stride_token,
@@ -210,8 +212,7 @@ def rans_tile_kernel(
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Decode 16 row lanes from their first row to their last; states and positions end up where they were."""
     tile = tl.program_id(0) * _LANES + tl.arange(0, _LANES)
@@ -249,10 +250,10 @@ def rans_tile_kernel(
         factor = tl.load(units_ptr + block, mask=alive, other=0.0) * tl.load(powers_ptr + power + 128)
         finish(
             low, high, factor, is_key, chunk * tokens + token, layer_at + layer, head,
-            mean_at + (layer * HEADS + head) * DIM, alive,
-            mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, addresses_ptr,
+            mean_at * 8 + (layer * HEADS + head) * DIM, alive,
+            mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, cache_ptr, places_ptr,
             stride_block, stride_token, stride_head, stride_dim,
-            DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, ALIGNED, DTYPE,
+            DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, UNIT,
         )  # fmt: skip
 
 
@@ -269,7 +270,8 @@ def step_tile_kernel(
     cos_ptr,
     sin_ptr,
     slots_ptr,
-    addresses_ptr,
+    cache_ptr,
+    places_ptr,
     tokens,
     unit,
     stride_block,
@@ -287,8 +289,7 @@ def step_tile_kernel(
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Decode `ROWS` vectors of a segment whose digits are packed five to a byte.
 
@@ -332,8 +333,8 @@ def step_tile_kernel(
     factor = tl.load(scales_ptr + scale_at + row, mask=alive, other=0.0).to(tl.float32) * unit
     finish(
         low, high, factor, is_key, chunk * tokens + token, layer_at + layer, head,
-        mean_at + (layer * HEADS + head) * DIM, alive,
-        mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, addresses_ptr,
+        mean_at * 8 + (layer * HEADS + head) * DIM, alive,
+        mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, cache_ptr, places_ptr,
         stride_block, stride_token, stride_head, stride_dim,
-        DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, ALIGNED, DTYPE,
+        DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, UNIT,
     )  # fmt: skip

@@ -110,9 +110,19 @@ class PagedCache:
         block, token, head, dim = self._views()[0].stride()
         return block, token, head, dim
 
-    def addresses(self, names: Sequence[str]) -> torch.Tensor:
-        """Where the views begin, `[planes * layers]` int64 in the order of the names."""
-        return torch.tensor([x.data_ptr() for name in names for x in self.planes[name]], dtype=torch.int64)
+    def places(self, names: Sequence[str]) -> tuple[torch.Tensor, int]:
+        """Where the views begin, seen from the first plane's first layer.
+
+        Returns:
+            `[planes * layers]` int64 in the order of the names, and the number of elements that they count by: 16
+            bytes where all are aligned to that.
+        """
+        first = self.planes[names[0]][0]
+        found = torch.tensor([x.data_ptr() for name in names for x in self.planes[name]], dtype=torch.int64)
+        found -= first.data_ptr()
+        wide = 16 // first.element_size()
+        unit = 1 if bool((found % 16).any()) else wide
+        return found // (unit * first.element_size()), unit
 
     def check_layout(self, layout: Layout) -> None:
         """Compare with a layout; the cache's dtype may be another one.

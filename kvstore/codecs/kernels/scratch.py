@@ -148,7 +148,8 @@ def digits_kernel(
 
 PRODUCT_FIELDS = 10
 """Of a plane of a layer group: layers, values, their row's length, columns in use, matrix; blocks, scales, chunk,
-layer, mean: where they begin, or which."""
+layer, mean: where they begin, or which. Values, rows, matrices and means count by 8, so that the compiler knows that
+loads may be wide."""
 _PRODUCT = tl.constexpr(PRODUCT_FIELDS)
 
 
@@ -166,7 +167,8 @@ def product_kernel(
     cos_ptr,
     sin_ptr,
     slots_ptr,
-    addresses_ptr,
+    cache_ptr,
+    places_ptr,
     tokens,
     row_layer,
     row_token,
@@ -190,8 +192,7 @@ def product_kernel(
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Multiply `TOKENS` rows of values by the columns of the matrix that make one head of one layer.
 
@@ -204,14 +205,14 @@ def product_kernel(
     head = tl.program_id(1) % HEADS
     if layer >= tl.load(fields):
         return
-    width = tl.load(fields + 2)
+    width = tl.load(fields + 2) * 8
     used_columns = tl.load(fields + 3).to(tl.int32)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     alive = token < tokens
     first, second = pair_columns(DIM, ROTARY, INTERLEAVED)
     row = (layer * row_layer + head * row_head) + token.to(tl.int64) * row_token
-    value = values_ptr + tl.load(fields + 1) + row[:, None] * width
-    matrix_at = tl.load(fields + 4) + layer.to(tl.int64) * matrix_layer + head * matrix_head
+    value = values_ptr + tl.load(fields + 1) * 8 + row[:, None] * width
+    matrix_at = tl.load(fields + 4) * 8 + layer.to(tl.int64) * matrix_layer + head * matrix_head
     column = layer * column_layer + head * column_head
     matrix = matrix_ptr + matrix_at + column
     low = tl.zeros((TOKENS, DIM // 2), tl.float32)
@@ -231,8 +232,8 @@ def product_kernel(
     finish(
         low, high, factor, tl.load(segment_keys_ptr + segment), tl.load(fields + 7) * tokens + token,
         everywhere + tl.load(fields + 8) + layer, everywhere + head,
-        everywhere + tl.load(fields + 9) + (layer * HEADS + head) * DIM, alive,
-        mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, addresses_ptr,
+        everywhere + tl.load(fields + 9) * 8 + (layer * HEADS + head) * DIM, alive,
+        mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, cache_ptr, places_ptr,
         stride_block, stride_token, stride_head, stride_dim,
-        DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, ALIGNED, DTYPE,
+        DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, UNIT,
     )  # fmt: skip
