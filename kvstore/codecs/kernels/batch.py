@@ -132,8 +132,8 @@ def collect(frames: Sequence[Frame], recipe: Recipe, *, pinned: bool) -> Batch:
             at += len(level)
         segments += _segments_of(frame, chunk, base, recipe)
         base = at
-    # All tiles of K first, for a tile is of one plane.
-    segments.sort(key=lambda segment: segment.name != "k")
+    # All tiles of K first, for a tile is of one plane; chunks of a layer together, for they share its basis.
+    segments.sort(key=lambda segment: (segment.name != "k", segment.start))
     header = frames[0].head.header
     return Batch(payload, segments, header.groups, held, [frame.head.header.first_position for frame in frames])
 

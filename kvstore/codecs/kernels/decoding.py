@@ -19,9 +19,12 @@ from kvstore.codecs.kernels.symbols import static_tables
 from kvstore.codecs.mean import Mean
 from kvstore.codecs.ref.classes import CLASSES_PER_LEVEL
 
-_PRODUCT_TOKENS = 64
+# Sizes of tiles as the compiled code has it: registers, no spills, tensor cores. Not tuned on a GPU yet.
+_PRODUCT_TOKENS = 128
 _PRODUCT_BLOCK = 64
 _STEP_ROWS = 64
+_STEP_BLOCK = 32
+_MMA_ROWS = 16
 _LANES = 32
 _DIGITS = 1024
 
@@ -146,7 +149,7 @@ class Decoding:
             fields.append((rows, int(name == "k"), centre_at, 0, scale_at, *self._place(segment, name)))
             streams += [(0, segment.at[f"{name}.{level}"]) for level in range(batch.held)]
         rows = max(row[0] for row in fields)
-        tile = power_of_two(rows, 16, _STEP_ROWS)
+        tile = power_of_two(rows, _MMA_ROWS, _STEP_ROWS)
         arguments = {
             "bytes_ptr": self._payload,
             "halves_ptr": self._payload.view(torch.float16),
@@ -156,12 +159,12 @@ class Decoding:
             "matrix_ptr": self._matrices.data,
             "unit": 3.0 ** (recipe.step.levels - batch.held) * recipe.dim**-0.5,
             "ROWS": tile,
-            "BLOCK": min(recipe.dim, 64),
+            "BLOCK": _STEP_BLOCK,
             "LEVELS": batch.held,
             **self._pages,
         }
         grid = (-(-rows // tile), len(fields))
-        self._launches.append((step_tile_kernel, grid, arguments, {"num_warps": 4, "num_stages": 2}))
+        self._launches.append((step_tile_kernel, grid, arguments, {"num_warps": 8, "num_stages": 2}))
 
     def _prepare_nested(self) -> None:
         read_nested(self.batch, self.recipe, self._matrices)
@@ -308,7 +311,7 @@ class Decoding:
     def _prepare_product(self, segments: Sequence[Segment], outputs: Arguments) -> None:
         recipe, tokens = self.recipe, self.recipe.layout.chunk_tokens
         group = max(segment.layers for segment in segments)
-        tile = power_of_two(tokens, 16, _PRODUCT_TOKENS)
+        tile = power_of_two(tokens, _MMA_ROWS, _PRODUCT_TOKENS)
         arguments = {
             **outputs,
             **self._side_arguments(segments),
@@ -319,7 +322,8 @@ class Decoding:
             **self._pages,
         }
         grid = (-(-tokens // tile), group * recipe.heads, len(outputs["segments_ptr"]))
-        self._launches.append((product_kernel, grid, arguments, {"num_warps": 4, "num_stages": 3}))
+        warps = 8 if tile == _PRODUCT_TOKENS else 4
+        self._launches.append((product_kernel, grid, arguments, {"num_warps": warps, "num_stages": 3}))
 
 
 def _tiles(segments: Sequence[Segment], shapes: Sequence[Sequence[int]]) -> tuple[Array, Array, Array]:
