@@ -40,7 +40,7 @@ from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
 
 NAME = "quality"
 TARGETS = (0.003, 0.01, 0.03, 0.1)
-WORKLOADS = (("text", 256), ("text", 512), ("text", 1536), ("look-up", 512))
+WORKLOADS = (("text", 512), ("look-up", 512), ("text", 256), ("text", 1536))
 _SURE = math.log(0.9)
 
 Point = tuple[str, str, int]

@@ -122,6 +122,7 @@ def _methods(artefacts: Mapping[str, bytes], low_heads: Sequence[int]) -> list[M
 
 def make_artefact(name: str, folder: Path, text: Path, prompts: int, prefix_tokens: tuple[int, ...]) -> bytes:
     """Calibrate for one of `CALIBRATIONS`."""
+    torch.set_num_threads(1)
     model = Model(folder, dtype="float32")
     settings = CALIBRATIONS[name]
     layers = min(settings.group_layers, model.layout_of([0, 1]).layers)

@@ -20,13 +20,17 @@ def test_a_second_process_goes_on_from_what_the_first_one_stored() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     rows = {(row["pipeline"], row["level"]): row for row in report["rows"]}
-    assert list(rows) == [("raw", 0), ("ladder-packed", 0), ("ladder-packed", 1), ("ladder-packed", 2)]
+    ladders = [(name, level) for name in ("ladder-packed", "ladder-repeats") for level in range(3)]
+    assert list(rows) == [("raw", 0), *ladders]
     raw = rows["raw", 0]
     assert raw["identical"]
     assert raw["kl_nats"] == 0
     assert 0.99 < raw["ratio"] < 1
     ladder = [rows["ladder-packed", level] for level in range(3)]
     assert [round(row["ratio"], 1) for row in ladder] == [8.2, 4.5, 3.1]
+    repeats = [rows["ladder-repeats", level] for level in range(3)]
+    for packed, coded in zip(ladder, repeats, strict=True):
+        assert coded["ratio"] > 1.3 * packed["ratio"]
     assert ladder[0]["kl_nats"] > ladder[1]["kl_nats"] > ladder[2]["kl_nats"] > 0
     assert (report["stored_tokens"], report["continuation_tokens"]) == (512, 16)
 

@@ -25,8 +25,8 @@ from transformers import DynamicCache
 
 from kvstore.calibration.model import Model, planes_of
 from kvstore.client import Client
-from kvstore.codecs import NAMED, named_pipeline
-from kvstore.demo.task import CHUNK_TOKENS, Task, salt_of
+from kvstore.codecs import named_pipeline
+from kvstore.demo.task import CHUNK_TOKENS, PIPELINES, Task, salt_of
 from kvstore.errors import BackendUnavailableError, ConfigError, KVStoreError
 from kvstore.prefix import put_prefix
 
@@ -106,7 +106,7 @@ async def _store(model: Model, cache: DynamicCache, task: Task, url: str) -> Ref
     planes = planes_of(cache)
     layout = model.layout(cache, CHUNK_TOKENS)
     async with Client(url) as client:
-        for name in NAMED:
+        for name in PIPELINES:
             put = await put_prefix(client, layout, task.stored_ids, planes, named_pipeline(name), salt=salt_of(name))
             failed = [stored.error for stored in put.stored if stored.error]
             if failed:

@@ -18,8 +18,7 @@ from transformers import DynamicCache
 
 from kvstore.calibration.model import Model, cache_of
 from kvstore.client import Client
-from kvstore.codecs import NAMED
-from kvstore.demo.task import CHUNK_TOKENS, Task, salt_of
+from kvstore.demo.task import CHUNK_TOKENS, PIPELINES, Task, salt_of
 from kvstore.errors import BackendError
 from kvstore.layout import Layout
 from kvstore.prefix import Prefix, get_prefix, match_prefix
@@ -57,7 +56,7 @@ async def _fetch_all(
     rows: list[dict[str, Any]] = []
     logits: dict[str, torch.Tensor] = {}
     async with Client(url) as client:
-        for pipeline in NAMED:
+        for pipeline in PIPELINES:
             match = await match_prefix(client, layout, task.stored_ids, salt=salt_of(pipeline))
             for level in range(match.held[0].copy.levels if match.held else 0):
                 prefix, ttft_s = await _fetch(model, task, layout, client, pipeline, level)

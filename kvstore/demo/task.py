@@ -6,6 +6,9 @@ from pathlib import Path
 
 CHUNK_TOKENS = 256
 
+PIPELINES = ("raw", "ladder-packed", "ladder-repeats")
+"""Bit for bit, fast, and small without calibration."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
