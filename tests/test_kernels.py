@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton")
 
 from kvstore.codecs import NAMED, Context, build_pipeline, decode, encode
+from kvstore.codecs.kernels import decode as kernels_decode
 from kvstore.codecs.kernels import decoding, dequantise
 from kvstore.codecs.kernels import encode as encoding
 from kvstore.codecs.kernels.decode import check_supported, decode_into_pages
@@ -292,6 +293,13 @@ def test_pipelines_without_kernels_are_refused_with_the_way_out(name: str, monke
     assert not check_supported(chunks.frames, chunks.layout, chunks.artefacts)
     with pytest.raises(PipelineError, match=r"kvstore\.codecs\.decode"):
         chunks.decode()
+
+
+def test_many_chunks_are_decoded_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = chunks_of(CASES["packed"]._replace(chunks=3), monkeypatch)
+    monkeypatch.setattr(kernels_decode, "CHUNK_BYTES_MAX", 2 * GROUPED.chunk_bytes)
+    chunks.decode()
+    check_level(chunks, 2, CASES["packed"].dtype)
 
 
 def test_a_batch_is_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:

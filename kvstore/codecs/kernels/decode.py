@@ -23,6 +23,8 @@ from kvstore.layout import Layout
 
 PAYLOAD_BYTES_MAX = 1 << 31
 """Bytes of a batch: positions of words are 32-bit integers."""
+CHUNK_BYTES_MAX = 1 << 31
+"""Uncompressed bytes of a batch: pipelines of two kernels take up to three times as much scratch on the device."""
 
 
 def decode_into_pages(
@@ -61,18 +63,18 @@ def decode_into_pages(
     cache.check_slots(slots, len(frames), layout.chunk_tokens)
     frames = [frame.truncated(level) for frame in frames]
     start = 0
-    for end in _batch_ends(frames):
+    for end in _batch_ends(frames, max(1, CHUNK_BYTES_MAX // layout.chunk_bytes)):
         prepare(frames[start:end], recipe, cache, slots[start:end]).run()
         start = end
 
 
-def _batch_ends(frames: Sequence[Frame]) -> list[int]:
+def _batch_ends(frames: Sequence[Frame], chunks_max: int) -> list[int]:
     """Where to cut, so that no batch is too large; a frame alone is never."""
-    ends, total = [], 0
+    ends, start, total = [], 0, 0
     for number, frame in enumerate(frames):
-        if total + frame.size_bytes > PAYLOAD_BYTES_MAX and number:
+        if number > start and (total + frame.size_bytes > PAYLOAD_BYTES_MAX or number - start >= chunks_max):
             ends.append(number)
-            total = 0
+            start, total = number, 0
         total += frame.size_bytes
     return [*ends, len(frames)]
 

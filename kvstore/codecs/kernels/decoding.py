@@ -158,12 +158,13 @@ class Decoding:
             "streams_ptr": self._on_device(np.array(streams, np.int64)),
             "matrix_ptr": self._matrices.data,
             "unit": 3.0 ** (recipe.step.levels - batch.held) * recipe.dim**-0.5,
+            "tiles": -(-rows // tile),
             "ROWS": tile,
             "BLOCK": _STEP_BLOCK,
             "LEVELS": batch.held,
             **self._pages,
         }
-        grid = (-(-rows // tile), len(fields))
+        grid = (arguments["tiles"] * len(fields),)
         self._launches.append((step_tile_kernel, grid, arguments, {"num_warps": 8, "num_stages": 2}))
 
     def _prepare_nested(self) -> None:
@@ -288,9 +289,9 @@ class Decoding:
             size = power_of_two(elements, 16, _DIGITS)
             arguments = {
                 "bytes_ptr": self._payload, "firsts_ptr": firsts, "shift_ptr": self._tables["shift_ptr"],
-                **shared, **last, "SIZE": size,
+                **shared, **last, "SIZE": size, "tiles": -(-elements // size),
             }  # fmt: skip
-            self._launches.append((digits_kernel, (-(-elements // size), len(streams)), arguments, {"num_warps": 4}))
+            self._launches.append((digits_kernel, (arguments["tiles"] * len(streams),), arguments, {"num_warps": 4}))
             return
         programs = []
         for number, stream in enumerate(streams):
@@ -317,11 +318,13 @@ class Decoding:
             **self._side_arguments(segments),
             "matrix_ptr": self._matrices.data,
             **_strides(recipe, segments[0]),
+            "tiles": -(-tokens // tile),
+            "group": group,
             "TOKENS": tile,
             "BLOCK": min(recipe.dim, _PRODUCT_BLOCK),
             **self._pages,
         }
-        grid = (-(-tokens // tile), group * recipe.heads, len(outputs["segments_ptr"]))
+        grid = (arguments["tiles"] * group * recipe.heads * len(outputs["segments_ptr"]),)
         warps = 8 if tile == _PRODUCT_TOKENS else 4
         self._launches.append((product_kernel, grid, arguments, {"num_warps": warps, "num_stages": 3}))
 

@@ -273,6 +273,7 @@ def step_tile_kernel(
     cache_ptr,
     places_ptr,
     tokens,
+    tiles,
     unit,
     stride_block,
     stride_token,
@@ -295,7 +296,7 @@ def step_tile_kernel(
 
     Of the fields, 1 says whether it is of K, 2 where its centroids are, 4 where its scales are.
     """
-    segment = tl.program_id(1).to(tl.int64)
+    segment = (tl.program_id(0) // tiles).to(tl.int64)
     fields = segments_ptr + segment * _FIELDS
     rows = tl.load(fields).to(tl.int32)
     is_key = tl.load(fields + 1)
@@ -304,7 +305,7 @@ def step_tile_kernel(
     chunk = tl.load(fields + 5)
     layer_at = tl.load(fields + 6)
     mean_at = tl.load(fields + 7)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     alive = row < rows
     row = tl.where(alive, row, 0)
     layer = row // (tokens * HEADS)

@@ -123,16 +123,17 @@ def digits_kernel(
     indices_ptr,
     values_ptr,
     shift_ptr,
+    tiles,
     SIZE: tl.constexpr,
     LEVEL: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """Refine `SIZE` indices of a coded plane by digits that are packed five to a byte."""
-    plane = tl.program_id(1).to(tl.int64)
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
     grid = grids_ptr + plane * _GRID
     rows = tl.load(grid).to(tl.int32)
     width = tl.load(grid + 1).to(tl.int32)
-    element = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    element = tl.program_id(0) % tiles * SIZE + tl.arange(0, SIZE)
     live = element < rows * width
     at = tl.load(grid + 7) + element
     packed = tl.load(bytes_ptr + tl.load(firsts_ptr + plane) + element // 5, mask=live, other=0)
@@ -170,6 +171,8 @@ def product_kernel(
     cache_ptr,
     places_ptr,
     tokens,
+    tiles,
+    group,
     row_layer,
     row_token,
     row_head,
@@ -199,15 +202,17 @@ def product_kernel(
     Row, matrix and column of a layer and head are found by strides: of a transform per head, over the heads of a
     layer, or over all layers of a group.
     """
-    segment = tl.program_id(2)
-    fields = segments_ptr + segment * _PRODUCT
-    layer = tl.program_id(1) // HEADS
-    head = tl.program_id(1) % HEADS
+    # Programs that read the same values, and then those that read the same matrix, follow one another.
+    program = tl.program_id(0) // tiles
+    segment = program // (group * HEADS)
+    fields = segments_ptr + segment.to(tl.int64) * _PRODUCT
+    layer = program // HEADS % group
+    head = program % HEADS
     if layer >= tl.load(fields):
         return
     width = tl.load(fields + 2) * 8
     used_columns = tl.load(fields + 3).to(tl.int32)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
     alive = token < tokens
     first, second = pair_columns(DIM, ROTARY, INTERLEAVED)
     row = (layer * row_layer + head * row_head) + token.to(tl.int64) * row_token
