@@ -5,12 +5,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.codec_pages import CODEC_PAGES
 from benchmarks.harness import RESULTS, ROOT, Row
+from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure, two_digits
 
 DOCS = ROOT / "docs"
 
@@ -24,34 +25,6 @@ can be compared with one another; figures of different machines or runs cannot.
 **median, p10, p90, p99**: the sample below which 50, 10, 90 or 99 % of the repetitions lie. **n**: repetitions.
 An **aim** is what was promised before it was measured; it stays in the table when it is missed.
 """
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: where its value is in a row, its heading, and how the value is written."""
-
-    field: str
-    heading: str
-    text: Callable[[Any], str] = str
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """How the rows of one table are shown: what its metric is, and its columns."""
-
-    title: str
-    definition: str
-    columns: tuple[Column, ...]
-
-
-@dataclass(frozen=True)
-class Page:
-    """How one benchmark is shown: what it measures, its tables by the name their rows carry, and its plot."""
-
-    title: str
-    text: str
-    tables: Mapping[str, RowTable]
-    plot: Callable[[Sequence[Row], Path], None] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,11 +92,7 @@ def _markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 def _plain_table(name: str, rows: Sequence[Row]) -> RowTable:
     """A table of whatever a benchmark without a page of its own measured; lists (samples) are left out."""
     fields = dict.fromkeys(field for row in rows for field, value in row.items() if not isinstance(value, list | dict))
-    return RowTable(name, "", tuple(Column(field, field, _plain) for field in fields if field != "table"))
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return RowTable(name, "", tuple(Column(field, field, plain) for field in fields if field != "table"))
 
 
 def _met(met: bool) -> str:
@@ -134,23 +103,15 @@ def _bytes(size_bytes: int) -> str:
     return f"{size_bytes >> 20} MiB" if size_bytes >= 1 << 20 else f"{size_bytes >> 10} KiB"
 
 
-def _two_digits(value: float) -> str:
-    return f"{value:.2f}"
-
-
 def _ms(value_s: float) -> str:
     return f"{value_s * 1e3:.2f}"
 
 
 def _plot_wire(rows: Sequence[Row], path: Path) -> None:
     """Bars of throughput by case, one panel for each size and direction, copies within the process in every panel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = [row for row in rows if row["table"] == "throughput"]
     sizes = sorted({row["value_bytes"] for row in measured})
-    figure = Figure(figsize=(10, 2.8 * len(sizes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10, 2.8 * len(sizes)))
     panels = figure.subplots(len(sizes), 2, squeeze=False, sharex=True, sharey=True)
     for line, size_bytes in zip(panels, sizes, strict=True):
         for panel, direction in zip(line, ("put", "get"), strict=True):
@@ -159,8 +120,7 @@ def _plot_wire(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"{direction} of {_bytes(size_bytes)}")
     for panel in panels[-1]:
         panel.set_xlabel("GB/s (median; whiskers p10 to p90)")
-    # The version of the plotting library is left out, so that equal figures are equal bytes.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _draw_bars(panel: Any, rows: Sequence[Row]) -> None:
@@ -185,10 +145,10 @@ _COLOURS = {
 
 _AIM_COLUMNS = (
     Column("aim", "aim"),
-    Column("target", "target", _plain),
-    Column("value", "measured", lambda value: "not measured" if value is None else _plain(value)),
+    Column("target", "target", plain),
+    Column("value", "measured", lambda value: "not measured" if value is None else plain(value)),
     Column("met", "", _met),
-    Column("needs", "needs", _plain),
+    Column("needs", "needs", plain),
 )
 
 _WIRE_TEXT = """\
@@ -229,9 +189,9 @@ PAGES: Mapping[str, Page] = {
                     Column("case", "case"),
                     Column("direction", "direction"),
                     Column("value_bytes", "value", _bytes),
-                    Column("gb_per_s_median", "GB/s", _two_digits),
-                    Column("gb_per_s_p10", "p10", _two_digits),
-                    Column("gb_per_s_p90", "p90", _two_digits),
+                    Column("gb_per_s_median", "GB/s", two_digits),
+                    Column("gb_per_s_p10", "p10", two_digits),
+                    Column("gb_per_s_p90", "p90", two_digits),
                     Column("n", "n"),
                 ),
             ),
@@ -243,9 +203,9 @@ PAGES: Mapping[str, Page] = {
                     Column("value_bytes", "value", _bytes),
                     Column("case", "case"),
                     Column("against", "against"),
-                    Column("ratio", "ratio", _two_digits),
-                    Column("low", "low", _two_digits),
-                    Column("high", "high", _two_digits),
+                    Column("ratio", "ratio", two_digits),
+                    Column("low", "low", two_digits),
+                    Column("high", "high", two_digits),
                     Column("n", "n"),
                 ),
             ),
@@ -265,6 +225,7 @@ PAGES: Mapping[str, Page] = {
         },
         _plot_wire,
     ),
+    **CODEC_PAGES,
 }
 """How each benchmark is shown; one that is not listed gets plain tables of its rows."""
 

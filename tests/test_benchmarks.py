@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import at_least, at_most, missed_for, percentile, ratio_interval
+from benchmarks.quality import envelope, ratio_at
 from benchmarks.report import main as report
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,25 @@ def test_wire_runs(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     check_result(result)
     assert len(result["aims"]) == 10
+
+
+@pytest.mark.parametrize(("name", "aims"), [("rate_distortion", 2), ("quality", 8)])
+def test_codec_benchmarks_run(name: str, aims: int, tmp_path: Path) -> None:
+    out = tmp_path / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=115, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    check_result(result)
+    assert len(result["aims"]) == aims
+
+
+def test_a_ratio_is_read_between_the_settings_that_no_other_beats() -> None:
+    sweep = [{"ratio": ratio, "kl_nats": kl} for ratio, kl in ((4.0, 0.001), (16.0, 0.1), (8.0, 0.2), (2.0, 0.0005))]
+    assert [row["ratio"] for row in envelope(sweep)] == [2.0, 4.0, 16.0]
+    assert ratio_at(sweep, 0.01) == pytest.approx(8.0, rel=1e-3)
+    assert ratio_at(sweep, 0.2) is None
+    assert ratio_at(sweep, 0.0001) is None
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
