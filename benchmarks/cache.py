@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -78,14 +79,22 @@ def documents(text: str, tokens_min: int, model: Model) -> list[list[int]]:
 
 
 def text_windows(documents: Sequence[list[int]], count: int, prefix: int, seed: int) -> list[list[int]]:
-    """Token ids of `count` prompts with their continuations, the documents taking turns."""
+    """Token ids of `count` prompts with their continuations; they begin in the documents in turns.
+
+    A prompt that is longer than what is left of its document goes on in the next one.
+    """
     generator = torch.Generator().manual_seed(seed)
+    stream = [token for ids in documents for token in ids]
+    starts = list(accumulate((len(ids) for ids in documents), initial=0))
+    length = prefix + CONTINUATION_TOKENS
     windows = []
     for number in range(count):
-        ids = documents[number % len(documents)]
-        start = int(torch.randint(0, max(1, len(ids) - prefix - CONTINUATION_TOKENS), (1,), generator=generator))
-        windows.append(ids[start : start + prefix + CONTINUATION_TOKENS])
-    return [window for window in windows if len(window) == prefix + CONTINUATION_TOKENS]
+        first = starts[number % len(documents)]
+        room = max(1, len(documents[number % len(documents)]) - length)
+        start = first + int(torch.randint(0, room, (1,), generator=generator))
+        start = min(start, len(stream) - length)
+        windows.append(stream[start : start + length])
+    return windows
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ in chunks of 256 tokens and decoded again, and the model goes on from it along t
 follow. **KL** is that of the next-token distributions against going on from the exact cache, in nats, mean over
 those tokens and all prompts. **Ratio** is the bytes of the exact bfloat16 cache divided by those of whole
 frames. All methods are stored in the same container; calibrated ones were calibrated on other documents of the
-same kinds, for look-up pages too. `kvserve` takes the best of 13 pairs of levels, with and without its head
+same kinds, for look-up pages too. `kvserve` takes the best of 11 pairs of levels, with and without its head
 classes (the low class being the heads in which noise did least on calibration text); `kvtc` has a basis over
 all layers. In the plot only settings are drawn that no other one of their method beats."""
 

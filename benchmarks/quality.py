@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     prompts, workloads = (1, WORKLOADS[:1]) if args.quick else (args.prompts, WORKLOADS)
     calibration = (2, (256,)) if args.quick else (PROMPTS, (256, 512, 1024))
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         made = [pool.submit(make_artefact, name, args.model, args.calibration, *calibration) for name in CALIBRATIONS]
         for name, future in zip(CALIBRATIONS, made, strict=True):
@@ -87,16 +88,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             for workload, prefix in workloads
             for number in range(prompts)
         ]
-        rows: list[Row] = []
         results = pool.map(_evaluate, *zip(*jobs, strict=True))
+        points: list[Row] = []
         for workload, prefix in workloads:
-            outcomes = [outcome for _, outcome in zip(range(prompts), results, strict=False)]
-            rows += _points(workload, prefix, outcomes)
-            print(f"{workload}, {prefix} tokens: {len(outcomes)} prompts", flush=True)
-    rows = _at_targets(rows) + rows
-    aims = _aims(rows)
-    _show(rows, aims)
-    write_result(NAME, rows, aims, args.seed, packages=("torch", "transformers", "numba"), out=output_path(NAME, args))
+            outcomes = []
+            for outcome in islice(results, prompts):
+                outcomes.append(outcome)
+                print(f"{workload}, {prefix} tokens: prompt {len(outcomes)} of {prompts}", flush=True)
+            points += _points(workload, prefix, outcomes)
+            rows = _at_targets(points) + points
+            # After every workload, so that hours of work are not lost with the last one.
+            packages = ("torch", "transformers", "numba")
+            write_result(NAME, rows, _aims(rows), args.seed, packages=packages, out=output_path(NAME, args))
+    _show(rows, _aims(rows))
 
 
 @dataclass(frozen=True)

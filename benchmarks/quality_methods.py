@@ -27,10 +27,10 @@ CALIBRATIONS: Mapping[str, Settings] = {
 }
 """Artefacts by name. KVTC's basis spans all layers and knows no metric, as published."""
 
-_KVSERVE = ((8, 3), (10, 4), (12, 4), (12, 5), (16, 5), (16, 6), (20, 6), (24, 8), (32, 8))
+_KVSERVE = ((8, 3), (12, 4), (12, 5), (16, 5), (16, 6), (24, 6), (24, 8))
 _KVSERVE_HYBRID = ((16, 6, 8, 3), (20, 6, 10, 4), (24, 8, 12, 4), (32, 8, 12, 5))
 _KIVI = ((2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32))
-_BINS = ((6, 6), (8, 8), (12, 8), (12, 12), (16, 12), (24, 16), (32, 24))
+_BINS = ((6, 6), (8, 8), (12, 8), (16, 12), (24, 16), (32, 24))
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,10 @@ def save_artefact(tensors: Mapping[str, torch.Tensor], card: Mapping[str, object
     return data
 
 
+@lru_cache(maxsize=8)
 def artefact_digest(data: bytes) -> str:
     """SHA-256 of an artefact's bytes, hexadecimal."""
+    # Kept because every chunk that is decoded names its artefact, which may be hundreds of megabytes.
     return hashlib.sha256(data).hexdigest()
 
 

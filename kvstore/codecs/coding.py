@@ -237,7 +237,8 @@ def _distortion(
             for name in names:
                 error[name] += _squares(part[name].float() - decoded[name].to(part[name].dtype).float())
         for name in names:
-            relative = error[name] / power[name] if power[name] else 0.0
+            # Nothing is relative to zero: of a plane of zeros it is the mean squared error.
+            relative = error[name] / (power[name] or sum(part[name].numel() for _, part in parts))
             if not math.isfinite(relative):
                 raise PipelineError(f"plane {name!r} has values too large for float32 arithmetic; use 'raw'")
             errors[name].append(float(f"{relative:.6g}"))
