@@ -23,7 +23,7 @@ from kvstore.codecs.kernels import decoding, dequantise
 from kvstore.codecs.kernels import encode as encoding
 from kvstore.codecs.kernels.decode import check_supported, decode_into_pages
 from kvstore.codecs.kernels.paged import PagedCache
-from kvstore.codecs.named import ladder_klt, ladder_weighted
+from kvstore.codecs.named import ladder_klt, ladder_tokens, ladder_weighted
 from kvstore.codecs.rans import Rans
 from kvstore.codecs.ref import absmax, codebook, fp8, hadamard, minmax, pack, rope, step
 from kvstore.codecs.stage import TORCH_DTYPES
@@ -112,6 +112,8 @@ CASES = {
     "klt over heads": calibrated(ladder_klt),
     "klt over layers": calibrated(ladder_klt, group_layers=2),
     "klt joint": calibrated(ladder_klt, joint=True),
+    "klt predicted": calibrated(ladder_tokens, joint=True, window=2),
+    "klt predicted over layers": calibrated(ladder_tokens, group_layers=2, window=1),
     "klt joint over layers": calibrated(ladder_klt, group_layers=2, joint=True),
 }
 
@@ -129,10 +131,21 @@ class Chunks(NamedTuple):
     cache: PagedCache
     slots: torch.Tensor
 
+    @property
+    def token_ids(self) -> list[range]:
+        return [range((number + 1) * self.layout.chunk_tokens) for number in range(len(self.frames))]
+
     def decode(self, level: int | None = None) -> None:
         decode_into_pages(
-            self.frames, self.layout, self.artefacts, self.cache, self.slots, keys=self.keys, level=level  # type: ignore[arg-type]
-        )  # fmt: skip
+            self.frames,
+            self.layout,
+            self.artefacts,
+            self.cache,
+            self.slots,
+            keys=self.keys,  # type: ignore[arg-type]
+            token_ids=self.token_ids,
+            level=level,
+        )
 
     def clear(self) -> None:
         """Every element that no kernel writes stays NaN."""
@@ -178,7 +191,7 @@ def chunks_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Chunks:
             x = torch.randn(spec.shape, generator=generator)
             x[..., 0] += 5
             planes[name] = x.to(TORCH_DTYPES[spec.dtype])
-        context = Context(number * tokens, case.group_layers)
+        context = Context(number * tokens, case.group_layers, token_ids=range((number + 1) * tokens))
         frames.append(encode(planes, layout, pipeline, key=key, context=context))
     blocks = tokens * case.chunks // BLOCK_TOKENS + 2
     slots = torch.randperm(blocks * BLOCK_TOKENS, generator=generator)[: case.chunks * tokens].view(-1, tokens)
@@ -193,9 +206,10 @@ def check_level(chunks: Chunks, level: int, dtype: torch.dtype) -> None:
     """
     unit = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     written = 0
-    for frame, key, row in zip(chunks.frames, chunks.keys, chunks.slots, strict=True):
+    for frame, key, ids, row in zip(chunks.frames, chunks.keys, chunks.token_ids, chunks.slots, strict=True):
         out = {name: torch.empty(spec.shape) for name, spec in chunks.layout.planes.items()}
-        decode(frame.truncated(level), chunks.layout, chunks.artefacts, key=key, out=out)  # type: ignore[arg-type]
+        cut = frame.truncated(level)
+        decode(cut, chunks.layout, chunks.artefacts, key=key, token_ids=ids, out=out)  # type: ignore[arg-type]
         for name, exact in out.items():
             for layer, view in enumerate(chunks.cache.planes[name]):
                 used = row >= 0
@@ -264,6 +278,15 @@ def test_damaged_streams_are_refused_by_name(
     chunks.frames[0] = damaged(chunks.frames[0], plane, change)
     with pytest.raises(FrameCorruptError, match=f"'rans': plane '{plane}'"):
         chunks.decode()
+
+
+def test_predictions_need_the_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = chunks_of(CASES["klt predicted"], monkeypatch)
+    arguments = (chunks.frames, chunks.layout, chunks.artefacts, chunks.cache, chunks.slots)
+    with pytest.raises(PipelineError, match="'predict' needs the token ids"):
+        decode_into_pages(*arguments, keys=chunks.keys)  # type: ignore[arg-type]
+    with pytest.raises(PipelineError, match="1 chunks need as many lists of token ids"):
+        decode_into_pages(*arguments, keys=chunks.keys, token_ids=[[1], [2]])  # type: ignore[arg-type]
 
 
 def test_slots_outside_of_the_cache_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Canonicalise: subtract what the token ids alone say about K and V."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class Predict:
     def infer(self, specs: Specs) -> Specs:
         out = dict(specs)
         for name in require_floats(self.name, specs):
-            self._matrix(name, 0, specs[name].shape[2] * specs[name].shape[3])
+            self.matrices(name, (0,), specs[name].shape[2] * specs[name].shape[3])
             out[name] = replace(specs[name], dtype="float32")
         return out
 
@@ -48,28 +49,42 @@ class Predict:
             out[name] = planes[name] + predicted
         return out
 
-    def _predict(self, planes: Planes, specs: Specs) -> dict[str, torch.Tensor]:
-        """`[layers, tokens, kv_heads, head_dim]` float32 for every plane."""
-        ids = planes.get(".token")
+    def matrices(self, name: str, layers: Sequence[int], width: int) -> list[torch.Tensor]:
+        """`[window * r + 1, width]` float32 for every layer.
+
+        Raises:
+            PipelineError: One is missing, or of another shape.
+        """
+        found = [self._data().matrix(self.name, f"{name}.predict.{layer}", (-1, width)) for layer in layers]
+        if len({len(matrix) for matrix in found}) > 1:
+            raise PipelineError(f"stage 'predict': artefact {self.artefact} has matrices of different windows")
+        return found
+
+    def inputs(self, context: Planes, tokens: int, rows: int) -> torch.Tensor:
+        """Features of a chunk's tokens for matrices of `rows` rows, `[tokens, rows]` float32.
+
+        Raises:
+            PipelineError: The context has no token ids, or one that the artefact does not know.
+        """
+        ids = context.get(".token")
         if ids is None:
             raise PipelineError("stage 'predict' needs the token ids of the chunk: give them with the context")
         table = self._data().matrix(self.name, "tokens", (-1, -1))
         if int(ids.max()) >= len(table):
             raise PipelineError(f"stage 'predict': token {int(ids.max())} is beyond the artefact's {len(table)}")
+        return features(table, ids, tokens, self._window(rows, table.shape[1]))
+
+    def _predict(self, planes: Planes, specs: Specs) -> dict[str, torch.Tensor]:
+        """`[layers, tokens, kv_heads, head_dim]` float32 for every plane."""
         found: dict[str, torch.Tensor] = {}
         inputs = torch.empty(0, 0)
         for name in require_floats(self.name, specs):
             shape = specs[name].shape
-            matrices = [self._matrix(name, layer, shape[2] * shape[3]) for layer in planes[".layer"].tolist()]
+            matrices = self.matrices(name, planes[".layer"].tolist(), shape[2] * shape[3])
             if inputs.shape[1] != len(matrices[0]):
-                inputs = features(table, ids, shape[1], self._window(len(matrices[0]), table.shape[1]))
-            if {len(matrix) for matrix in matrices} != {inputs.shape[1]}:
-                raise PipelineError(f"stage 'predict': artefact {self.artefact} has matrices of different windows")
+                inputs = self.inputs(planes, shape[1], len(matrices[0]))
             found[name] = torch.stack([inputs @ matrix for matrix in matrices]).view(shape)
         return found
-
-    def _matrix(self, name: str, layer: int, width: int) -> torch.Tensor:
-        return self._data().matrix(self.name, f"{name}.predict.{layer}", (-1, width))
 
     def _window(self, rows: int, dims: int) -> int:
         """Tokens that a matrix looks at."""

@@ -35,6 +35,7 @@ def decode_into_pages(
     slots: torch.Tensor,
     *,
     keys: Sequence[ChunkKey],
+    token_ids: Sequence[Sequence[int]] | None = None,
     level: int | None = None,
 ) -> None:
     """Decode chunks into a paged cache.
@@ -48,6 +49,8 @@ def decode_into_pages(
         cache: Where to write, on the device that shall decode.
         slots: `[chunks, tokens]` int64 on the CPU, `block * block_tokens + offset`; a negative one skips its token.
         keys: The keys that the caller asked for.
+        token_ids: For every chunk the token ids of its prompt up to its last one, where the pipeline predicts from
+            them.
         level: Decode levels 0 to this one; all that are held by default.
 
     Raises:
@@ -61,10 +64,13 @@ def decode_into_pages(
     recipe = Recipe.of(pipeline_of(frames, layout, keys, artefacts), layout)
     cache.check_layout(layout)
     cache.check_slots(slots, len(frames), layout.chunk_tokens)
+    if token_ids is not None and len(token_ids) != len(frames):
+        raise PipelineError(f"{len(frames)} chunks need as many lists of token ids, not {len(token_ids)}")
     frames = [frame.truncated(level) for frame in frames]
     start = 0
     for end in _batch_ends(frames, max(1, CHUNK_BYTES_MAX // layout.chunk_bytes)):
-        prepare(frames[start:end], recipe, cache, slots[start:end]).run()
+        ids = None if token_ids is None else token_ids[start:end]
+        prepare(frames[start:end], recipe, cache, slots[start:end], ids).run()
         start = end
 
 
@@ -79,15 +85,21 @@ def _batch_ends(frames: Sequence[Frame], chunks_max: int) -> list[int]:
     return [*ends, len(frames)]
 
 
-def prepare(frames: Sequence[Frame], recipe: Recipe, cache: PagedCache, slots: torch.Tensor) -> Decoding:
+def prepare(
+    frames: Sequence[Frame],
+    recipe: Recipe,
+    cache: PagedCache,
+    slots: torch.Tensor,
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> Decoding:
     """Parse frames and bring all that kernels need to the device.
 
     Raises:
         FrameCorruptError: A length in a frame is wrong.
-        PipelineError: The frames hold different levels, or a basis is missing.
+        PipelineError: The frames hold different levels, or a basis or token ids are missing.
     """
     batch = collect(frames, recipe, pinned=cache.device.type == "cuda")
-    return Decoding(batch, recipe, cache, slots)
+    return Decoding(batch, recipe, cache, slots, token_ids)
 
 
 def check_supported(frames: Sequence[Frame], layout: Layout, artefacts: Mapping[str, bytes] | None) -> bool:

@@ -13,6 +13,7 @@ from kvstore.codecs.kernels.batch import Batch, LaneTable, Segment, coarse_means
 from kvstore.codecs.kernels.fused import LEVELS_MAX, ROW_LANES, rans_tile_kernel, step_tile_kernel
 from kvstore.codecs.kernels.launch import power_of_two, run
 from kvstore.codecs.kernels.paged import PagedCache
+from kvstore.codecs.kernels.predict import predictions
 from kvstore.codecs.kernels.recipe import Matrices, Recipe, matrices_of
 from kvstore.codecs.kernels.scratch import digits_kernel, lanes_kernel, product_kernel
 from kvstore.codecs.kernels.symbols import static_tables
@@ -34,7 +35,14 @@ Arguments = dict[str, Any]
 class Decoding:
     """A batch of frames on the device, ready to be decoded; `launch` may be called again and again after `reset`."""
 
-    def __init__(self, batch: Batch, recipe: Recipe, cache: PagedCache, slots: torch.Tensor) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        recipe: Recipe,
+        cache: PagedCache,
+        slots: torch.Tensor,
+        token_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.batch = batch
         self.recipe = recipe
         self.device = cache.device
@@ -43,6 +51,10 @@ class Decoding:
         self._payload = batch.payload.to(self.device, non_blocking=True)
         self._lanes: LaneTable | None = None
         self._mean_places: dict[tuple[int, int, str], int] = {}
+        self._known = [
+            known_planes(recipe.layout, position, token_ids[n] if token_ids else ())
+            for n, position in enumerate(batch.positions)
+        ]
         self._pages = self._page_arguments(cache, slots)
         self._launches: list[tuple[Any, tuple[int, ...], Arguments, dict[str, int]]] = []
         if recipe.step:
@@ -82,10 +94,11 @@ class Decoding:
         empty = torch.zeros(1, device=self.device)
         cos = sin = mean = weight = empty
         if rope is not None:
-            known = [known_planes(layout, position) for position in self.batch.positions]
-            cos, sin = (torch.cat([planes[name] for planes in known]).to(self.device) for name in (".cos", ".sin"))
+            cos, sin = (torch.cat([known[name] for known in self._known]).to(self.device) for name in (".cos", ".sin"))
         if recipe.mean:
             mean = self._means(recipe.mean)
+        if recipe.predict:
+            mean = predictions(recipe.predict, recipe.layout, self._known, self.device)
         if recipe.weigh and recipe.weigh.data:
             weight = self._table(recipe.weigh.data, "weight")
         places, unit = cache.places(self._names)
@@ -104,7 +117,7 @@ class Decoding:
             "HEADS": recipe.heads,
             "ROTARY": rope.rotary_dim if rope else recipe.dim,
             "INTERLEAVED": rope.interleaved if rope else False,
-            "MEAN": recipe.mean is not None,
+            "MEAN": recipe.mean is not None or recipe.predict is not None,
             "WEIGHT": recipe.weigh is not None,
             "ROPE": rope is not None,
             "PAGE": cache.block_tokens,
@@ -131,6 +144,9 @@ class Decoding:
         recipe = self.recipe
         row = self._names.index(plane) * recipe.layout.layers + segment.start
         mean_at = row * recipe.heads * recipe.dim
+        if recipe.predict:
+            vector = (segment.chunk * len(self._names) * recipe.layout.layers + row) * recipe.layout.chunk_tokens
+            mean_at = vector * recipe.heads * recipe.dim
         if recipe.mean and recipe.mean.data is None:
             coarse = self._mean_places.get((segment.chunk, segment.start, plane))
             mean_at = segment.at[f"{plane}.mean"] // 2 if coarse is None else coarse
@@ -367,4 +383,7 @@ def _strides(recipe: Recipe, segment: Segment) -> dict[str, int]:
         strides, scale = (tokens * heads, heads, 1, heads * basis, basis, 0, 0), tokens
     else:
         strides, scale = (tokens, 1, 0, n * n, 0, 0, dim), tokens
-    return {**dict(zip(names, strides, strict=True)), "scale_layer": scale}
+    # One mean for all tokens of a layer, or a prediction for each.
+    mean_layer, mean_token = (tokens * heads * dim, heads * dim) if recipe.predict else (heads * dim, 0)
+    found = dict(zip(names, strides, strict=True))
+    return {**found, "scale_layer": scale, "mean_layer": mean_layer, "mean_token": mean_token}

@@ -16,6 +16,7 @@ from kvstore.codecs.mean import Mean
 from kvstore.codecs.nested import Nested
 from kvstore.codecs.pack import Pack
 from kvstore.codecs.pipeline import Pipeline
+from kvstore.codecs.predict import Predict
 from kvstore.codecs.rans import Rans
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.ref.hadamard import rotation
@@ -29,7 +30,7 @@ from kvstore.layout import Layout
 _ORDER: tuple[tuple[type[Any], ...], ...] = (
     (Importance,),
     (UndoRope,),
-    (Mean,),
+    (Mean, Predict),
     (Weigh,),
     (Hadamard, Klt),
     (Step, Nested),
@@ -82,6 +83,11 @@ class Recipe:
     def mean(self) -> Mean | None:
         """What adds means."""
         return self.stages.get(Mean)
+
+    @property
+    def predict(self) -> Predict | None:
+        """What adds predictions from token ids."""
+        return self.stages.get(Predict)
 
     @property
     def weigh(self) -> Weigh | None:
@@ -151,6 +157,8 @@ class Recipe:
             raise _refused("planes of different shapes")
         if self.dim & (self.dim - 1) or not _DIM_MIN <= self.dim <= _DIM_MAX:
             raise _refused(f"heads of {self.dim} dimensions, which are no power of two from {_DIM_MIN} to {_DIM_MAX}")
+        if self.predict and not self.klt:
+            raise _refused("'predict' without 'klt'")
         if self.hadamard and self.hadamard.block not in (0, self.dim):
             raise _refused("'hadamard' with blocks")
 

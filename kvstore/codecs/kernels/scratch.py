@@ -181,6 +181,8 @@ def product_kernel(
     column_layer,
     column_head,
     scale_layer,
+    mean_layer,
+    mean_token,
     stride_block,
     stride_token,
     stride_head,
@@ -237,7 +239,7 @@ def product_kernel(
     finish(
         low, high, factor, tl.load(segment_keys_ptr + segment), tl.load(fields + 7) * tokens + token,
         everywhere + tl.load(fields + 8) + layer, everywhere + head,
-        everywhere + tl.load(fields + 9) * 8 + (layer * HEADS + head) * DIM, alive,
+        tl.load(fields + 9) * 8 + layer * mean_layer + head * DIM + token.to(tl.int64) * mean_token, alive,
         mean_ptr, weight_ptr, cos_ptr, sin_ptr, slots_ptr, cache_ptr, places_ptr,
         stride_block, stride_token, stride_head, stride_dim,
         DIM, HEADS, ROTARY, INTERLEAVED, MEAN, WEIGHT, ROPE, PAGE, UNIT,
