@@ -99,10 +99,9 @@ def fast_decode(
         level,
         rows,
         columns,
-        tables().head,
-        tables().digit,
+        *fast.decode_tables(),
         np.array([word for lane in words for word in lane], np.uint16),
-        np.array(states, np.int64),
+        np.array(states, np.uint64),
         ends - [len(lane) for lane in words],
         ends,
     )

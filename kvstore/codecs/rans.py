@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvstore.codecs.fast.nested import Array, decode, encode
+from kvstore.codecs.fast.nested import Array, decode, decode_tables, encode
 from kvstore.codecs.lanes import Lanes, lanes_bytes_max, pack_lanes, parse_lanes
 from kvstore.codecs.nested import total_offset
 from kvstore.codecs.options import require_int
@@ -205,7 +205,6 @@ class _Grid:
 
     def decode(self, lanes: Lanes, index: Array, level: int) -> bool:
         ends = lanes.lengths.astype(np.int64).cumsum()
-        static = tables()
         return bool(
             decode(
                 index,
@@ -216,10 +215,9 @@ class _Grid:
                 level,
                 lanes.rows,
                 lanes.columns,
-                static.head,
-                static.digit,
+                *decode_tables(),
                 lanes.words,
-                lanes.states.astype(np.int64),
+                lanes.states.astype(np.uint64),
                 ends - lanes.lengths,
                 ends,
             )

@@ -5,8 +5,10 @@ coefficient is `base[layer * heads + head, column] + offset[row]`. Lane `(r, c)`
 `r, r + R, ...` and in each the columns `c, c + C, ...`.
 """
 
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import numpy.typing as npt
 from numba import njit
 
@@ -19,11 +21,15 @@ from kvstore.codecs.ref.classes import (
     HEAD_CLASSES,
     HEAD_MAX,
     HEAD_SYMBOLS,
+    tables,
 )
 
 Array = npt.NDArray[Any]
 F = TypeVar("F")
 STATE_MIN = 1 << 16
+U64 = np.uint64
+_BITS = U64(FREQUENCY_BITS)
+_SLOT = U64((1 << FREQUENCY_BITS) - 1)
 
 
 def jit(function: F) -> F:
@@ -161,6 +167,43 @@ def encode(
 
 
 @jit
+def take(state: Any, low: Any, width: Any, words: Array, at: Any, end: Any) -> tuple[Any, Any]:
+    """Undo `put`. A lane without a word left ends beyond its end, which no sound one does."""
+    state = U64(width) * (state >> _BITS) + (state & _SLOT) - U64(low)
+    if state < U64(STATE_MIN):
+        if at >= end:
+            return state, end + 1
+        state = state << U64(16) | U64(words[U64(at)])
+        at += 1
+    return state, at
+
+
+@jit
+def take_head(
+    state: Any, head_class: Any, head: Array, slots: Array, words: Array, at: Any, end: Any
+) -> tuple[Any, Any, Any]:
+    """Decode a head: the state, where the next word is, and the index."""
+    symbol = U64(slots[U64(head_class) << _BITS | (state & _SLOT)])
+    row = U64(head_class) * U64(HEAD_SYMBOLS + 1) + symbol
+    state, at = take(state, head[row], head[row + U64(1)] - head[row], words, at, end)
+    return state, at, np.int64(symbol) - HEAD_MAX
+
+
+@jit
+def take_digit(
+    state: Any, parent: Any, row_class: Any, digit: Array, words: Array, at: Any, end: Any
+) -> tuple[Any, Any, Any]:
+    """Decode a digit behind its parent: the state, where the next word is, and the index."""
+    row = U64(4 * _digit_row(row_class, abs(parent)))
+    slot = state & _SLOT
+    symbol = U64(slot >= digit[row + U64(1)]) + U64(slot >= digit[row + U64(2)])
+    low = digit[row + symbol]
+    state, at = take(state, low, digit[row + symbol + U64(1)] - low, words, at, end)
+    towards = np.int64(symbol) - 1
+    return state, at, 3 * parent + (-towards if parent < 0 else towards)
+
+
+@jit
 def decode(
     index: Array,
     base: Array,
@@ -171,6 +214,7 @@ def decode(
     rows: int,
     columns: int,
     head: Array,
+    slots: Array,
     digit: Array,
     words: Array,
     states: Array,
@@ -179,62 +223,44 @@ def decode(
 ) -> bool:
     """Decode all lanes in step; `index` holds the parents at levels above 0 and becomes the indices.
 
+    The tables are flat, uint32, and all indices into them unsigned, which spares the loop every look at signs.
+
     Returns:
         Whether every lane ended where its coder began. A stream that no encoder wrote gives indices within the bounds
         of their classes and False.
     """
     count, width = index.shape
-    sound = True
     for tile in range(0, count, rows):
         for step in range(0, width, columns):
             for i in range(tile, min(tile + rows, count)):
                 block = i // (tokens * heads) * heads + i % heads
-                lane = (i - tile) * columns
+                first = (i - tile) * columns - step
                 for j in range(step, min(step + columns, width)):
-                    c = int(base[block, j]) + int(offset[i])
-                    value = int(index[i, j]) if level > 0 else 0
+                    row_class: Any = np.int64(base[U64(block), U64(j)]) + offset[i] + CLASSES_PER_LEVEL * (level - 1)
+                    if row_class < DIGIT_CLASS_MIN:
+                        continue
+                    lane = U64(first + j)
+                    state, word, end = states[lane], at[lane], ends[lane]
                     if level > 0:
-                        digits, row_class = 1, c + CLASSES_PER_LEVEL * (level - 1)
-                        if row_class < DIGIT_CLASS_MIN:
-                            digits = 0
-                    elif c < 0:
-                        digits, row_class = 0, 0
+                        value: Any = np.int64(index[U64(i), U64(j)])
+                        digits = 1
                     else:
-                        digits = _extra(c)
-                        row_class = c - CLASSES_PER_LEVEL * digits
-                        state = int(states[lane])
-                        slot = state & 0xFFF
-                        symbol = 0
-                        for n in range(1, HEAD_SYMBOLS):
-                            symbol += int(slot >= head[row_class, n])
-                        low = int(head[row_class, symbol])
-                        state = (int(head[row_class, symbol + 1]) - low) * (state >> FREQUENCY_BITS) + slot - low
-                        if state < STATE_MIN:
-                            if at[lane] < ends[lane]:
-                                state = state << 16 | int(words[at[lane]])
-                                at[lane] += 1
-                            else:
-                                sound = False
-                        states[lane] = state
-                        value = symbol - HEAD_MAX
+                        digits = _extra(row_class + CLASSES_PER_LEVEL)
+                        row_class += CLASSES_PER_LEVEL * (1 - digits)
+                        state, word, value = take_head(state, row_class, head, slots, words, word, end)
                     for _ in range(digits):
-                        row = _digit_row(row_class, abs(value))
-                        state = int(states[lane])
-                        slot = state & 0xFFF
-                        symbol = int(slot >= digit[row, 1]) + int(slot >= digit[row, 2])
-                        low = int(digit[row, symbol])
-                        state = (int(digit[row, symbol + 1]) - low) * (state >> FREQUENCY_BITS) + slot - low
-                        if state < STATE_MIN:
-                            if at[lane] < ends[lane]:
-                                state = state << 16 | int(words[at[lane]])
-                                at[lane] += 1
-                            else:
-                                sound = False
-                        states[lane] = state
-                        value = 3 * value + (1 - symbol if value < 0 else symbol - 1)
+                        state, word, value = take_digit(state, value, row_class, digit, words, word, end)
                         row_class += CLASSES_PER_LEVEL
-                    index[i, j] = value
-                    lane += 1
-    for lane in range(rows * columns):
-        sound = sound and states[lane] == STATE_MIN and at[lane] == ends[lane]
+                    states[lane], at[lane] = state, word
+                    index[U64(i), U64(j)] = value
+    sound = True
+    for n in range(rows * columns):
+        sound = sound and states[n] == U64(STATE_MIN) and at[n] == ends[n]
     return sound
+
+
+@lru_cache(maxsize=1)
+def decode_tables() -> tuple[Array, Array, Array]:
+    """The static tables as `decode` reads them: heads, their slots, digits."""
+    static = tables()
+    return static.head.ravel().astype(np.uint32), static.slots.ravel(), static.digit.ravel().astype(np.uint32)

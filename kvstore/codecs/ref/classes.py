@@ -42,6 +42,7 @@ FREQUENCY_SUM = 1 << FREQUENCY_BITS
 SHIFTS = 3
 """Cells at distance 1, 2 and more from zero have centroids of their own."""
 
+U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
 
@@ -54,11 +55,13 @@ class Tables(NamedTuple):
         digit: Cumulative frequencies `[digit classes * DIGIT_PARENTS, 4]` uint16, for parents that are not negative;
             the digits of a negative parent are mirrored.
         shift: How far centroids lie from the middles of their cells towards zero, in steps: `[classes, SHIFTS]`.
+        slots: The head's symbol for each of the `FREQUENCY_SUM` slots, `[HEAD_CLASSES, FREQUENCY_SUM]` uint8.
     """
 
     head: U16
     digit: U16
     shift: F32
+    slots: U8
 
 
 def extra_digits(sigma_class: int) -> int:
@@ -89,6 +92,7 @@ def tables() -> Tables:
         np.array([_cumulative(row) for row in data["head"]], np.uint16),
         np.array([_cumulative(row) for row in data["digit"]], np.uint16),
         (np.array(data["shift"], np.float32) / 256).astype(np.float32),
+        np.array([np.repeat(np.arange(HEAD_SYMBOLS), row) for row in data["head"]], np.uint8),
     )
 
 
