@@ -37,7 +37,12 @@ def jit(function: F) -> F:
     return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
-@jit
+def inlined(function: F) -> F:
+    """Compile into every caller: a call that takes arrays counts references, which costs more than the work."""
+    return cast(F, njit(inline="always", error_model="numpy")(function))
+
+
+@inlined
 def put(state: int, low: int, width: int, words: Array, at: int) -> tuple[int, int]:
     """Code one symbol; returns the state and where the next word (towards the front) goes."""
     if state >= width << (32 - FREQUENCY_BITS):
@@ -47,7 +52,7 @@ def put(state: int, low: int, width: int, words: Array, at: int) -> tuple[int, i
     return ((state // width) << FREQUENCY_BITS) + state % width + low, at
 
 
-@jit
+@inlined
 def put_digit(
     state: int, digit: int, parent: int, row_class: int, table: Array, words: Array, at: int
 ) -> tuple[int, int]:
@@ -58,19 +63,19 @@ def put_digit(
     return put(state, low, int(table[row, symbol + 1]) - low, words, at)
 
 
-@jit
+@inlined
 def _digit_row(row_class: int, parent: int) -> int:
     clamped = min(max(row_class, DIGIT_CLASS_MIN), DIGIT_CLASS_MAX)
     return (clamped - DIGIT_CLASS_MIN) * DIGIT_PARENTS + min(parent, DIGIT_PARENTS - 1)
 
 
-@jit
+@inlined
 def _parent(index: int) -> int:
     """The cell of the level before: rounds to the nearest third."""
     return (index + 1) // 3
 
 
-@jit
+@inlined
 def _extra(sigma_class: int) -> int:
     if sigma_class < HEAD_CLASSES:
         return 0
@@ -166,7 +171,7 @@ def encode(
     return total
 
 
-@jit
+@inlined
 def take(state: Any, low: Any, width: Any, words: Array, at: Any, end: Any) -> tuple[Any, Any]:
     """Undo `put`. A lane without a word left ends beyond its end, which no sound one does."""
     state = U64(width) * (state >> _BITS) + (state & _SLOT) - U64(low)
@@ -178,7 +183,7 @@ def take(state: Any, low: Any, width: Any, words: Array, at: Any, end: Any) -> t
     return state, at
 
 
-@jit
+@inlined
 def take_head(
     state: Any, head_class: Any, head: Array, slots: Array, words: Array, at: Any, end: Any
 ) -> tuple[Any, Any, Any]:
@@ -189,7 +194,7 @@ def take_head(
     return state, at, np.int64(symbol) - HEAD_MAX
 
 
-@jit
+@inlined
 def take_digit(
     state: Any, parent: Any, row_class: Any, digit: Array, words: Array, at: Any, end: Any
 ) -> tuple[Any, Any, Any]:
@@ -251,7 +256,8 @@ def decode(
                     for _ in range(digits):
                         state, word, value = take_digit(state, value, row_class, digit, words, word, end)
                         row_class += CLASSES_PER_LEVEL
-                    states[lane], at[lane] = state, word
+                    states[lane] = state
+                    at[lane] = word
                     index[U64(i), U64(j)] = value
     sound = True
     for n in range(rows * columns):
