@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import settings
 
 from kvstore.config import ServerConfig
 from kvstore.frame import Frame
@@ -26,6 +27,11 @@ from tests.frames import frame_bytes
 # Kernels run under triton's interpreter where there is no GPU; triton reads this when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run; HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 PROBLEM_FIELDS = {"type", "title", "status", "code", "detail"}
 FRAME = {"Content-Type": FRAME_TYPE}
