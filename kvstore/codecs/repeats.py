@@ -28,23 +28,26 @@ class Repeats:
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
         out = dict(planes)
-        for name in require_floats(self.name, specs):
+        names = require_floats(self.name, specs)
+        matrix = self._matrix(planes, specs[names[0]].shape[1])
+        for name in names:
             require_finite(self.name, name, planes[name])
-            matrix = mixing(self._ids(planes, planes[name].shape[1]))
             out[name] = _mix(matrix, planes[name].float())
         return out
 
     def decode(self, planes: Planes, like: Specs) -> Planes:
         out = {name: planes[name] for name in like}
-        for name in require_floats(self.name, like):
-            matrix = mixing(self._ids(planes, planes[name].shape[1]))
-            out[name] = _mix(matrix.T, planes[name])
+        names = require_floats(self.name, like)
+        matrix = self._matrix(planes, like[names[0]].shape[1]).T
+        for name in names:
+            out[name] = _mix(matrix, planes[name])
         return out
 
-    def _ids(self, planes: Planes, tokens: int) -> torch.Tensor:
+    def _matrix(self, planes: Planes, tokens: int) -> torch.Tensor:
+        """The mixing of all planes: their tokens are the same."""
         if ".token" not in planes:
             raise PipelineError("stage 'repeats' needs the token ids of the chunk: give them with the context")
-        return planes[".token"][-tokens:]
+        return mixing(planes[".token"][-tokens:])
 
 
 def _mix(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Orthonormal mixing of the tokens that repeat one another."""
 
+from functools import lru_cache
+
 import torch
 
 
@@ -12,15 +14,18 @@ def mixing(ids: torch.Tensor) -> torch.Tensor:
     Args:
         ids: `[tokens]` token ids.
     """
+    places: dict[int, list[int]] = {}
+    for place, token in enumerate(ids.tolist()):
+        places.setdefault(token, []).append(place)
     matrix = torch.eye(len(ids))
-    for token in set(ids.tolist()):
-        at = (ids == token).nonzero()[:, 0]
-        count = len(at)
-        if count > 1:
-            matrix[at[:, None], at[None]] = _helmert(count)
+    for occurrences in places.values():
+        if len(occurrences) > 1:
+            at = torch.tensor(occurrences)
+            matrix[at[:, None], at[None]] = _helmert(len(occurrences))
     return matrix
 
 
+@lru_cache(maxsize=256)
 def _helmert(count: int) -> torch.Tensor:
     rows = torch.arange(count, dtype=torch.float64)[:, None]
     columns = torch.arange(count, dtype=torch.float64)[None]
