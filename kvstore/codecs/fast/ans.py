@@ -1,23 +1,17 @@
 """The loops of `ref/ans.py`, compiled: same names, same arguments, same bytes."""
 
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvstore.codecs.fast.compiled import jit
 from kvstore.codecs.ref.ans import FREQUENCY_BITS, STATE_MIN, TOTAL, Loops
 
 Array = npt.NDArray[Any]
-F = TypeVar("F")
 
 
-def _jit(function: F) -> F:
-    """Compile without the interpreter lock, and keep the machine code."""
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
-
-
-@_jit
+@jit
 def tally(q: Array, symbols: int, rows: int, steps: int, inner: int) -> Array:
     """How often each symbol occurs with each table: `[tables, symbols]` int64."""
     counts = np.zeros((rows * inner, symbols), np.int64)
@@ -30,7 +24,7 @@ def tally(q: Array, symbols: int, rows: int, steps: int, inner: int) -> Array:
     return counts
 
 
-@_jit
+@jit
 def frequencies(counts: Array) -> Array:
     """Frequencies that add up to 4,096 a table, at least 1 for what occurs: `[tables, symbols]` int32 of counts."""
     widths = np.zeros(counts.shape, np.int32)
@@ -49,7 +43,7 @@ def frequencies(counts: Array) -> Array:
     return widths
 
 
-@_jit
+@jit
 def encode_lanes(
     q: Array, starts: Array, widths: Array, rows: int, steps: int, inner: int, lanes: int
 ) -> tuple[Array, Array, Array]:
@@ -83,7 +77,7 @@ def encode_lanes(
     return states, taken, words[:at].copy()
 
 
-@_jit
+@jit
 def _guesses(offsets: Array, starts: Array, widths: Array, bits: int) -> Array:
     """Where to look for a slot, by its upper bits: the entry within its table that holds the first such slot."""
     guess = np.empty((len(offsets) - 1) << bits, np.uint8)
@@ -96,7 +90,7 @@ def _guesses(offsets: Array, starts: Array, widths: Array, bits: int) -> Array:
     return guess
 
 
-@_jit
+@jit
 def decode_lanes(
     states: Array,
     ends: Array,

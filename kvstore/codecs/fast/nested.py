@@ -6,12 +6,12 @@ coefficient is `base[layer * heads + head, column] + offset[row]`. Lane `(r, c)`
 """
 
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvstore.codecs.fast.compiled import inlined, jit
 from kvstore.codecs.ref.classes import (
     CLASSES_PER_LEVEL,
     DIGIT_CLASS_MAX,
@@ -25,21 +25,10 @@ from kvstore.codecs.ref.classes import (
 )
 
 Array = npt.NDArray[Any]
-F = TypeVar("F")
 STATE_MIN = 1 << 16
 U64 = np.uint64
 _BITS = U64(FREQUENCY_BITS)
 _SLOT = U64((1 << FREQUENCY_BITS) - 1)
-
-
-def jit(function: F) -> F:
-    """Compile without the interpreter lock, and keep the machine code."""
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
-
-
-def inlined(function: F) -> F:
-    """Compile into every caller: a call that takes arrays counts references, which costs more than the work."""
-    return cast(F, njit(inline="always", error_model="numpy")(function))
 
 
 @inlined

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from kvstore.codecs.fast.nested import Array, jit
+from kvstore.codecs.fast.compiled import jit
+from kvstore.codecs.fast.nested import Array
 from kvstore.codecs.ref.classes import CLASS_MAX, CLASSES_PER_LEVEL, UNIT_CLASS
 from kvstore.codecs.ref.nested import CLASS_MIN, COST_MAX
 
