@@ -29,7 +29,7 @@ class Repeats:
     def encode(self, planes: Planes, specs: Specs) -> Planes:
         out = dict(planes)
         names = require_floats(self.name, specs)
-        matrix = self._matrix(planes, specs[names[0]].shape[1])
+        matrix = self._matrix(planes, names, specs)
         for name in names:
             require_finite(self.name, name, planes[name])
             out[name] = _mix(matrix, planes[name].float())
@@ -38,13 +38,14 @@ class Repeats:
     def decode(self, planes: Planes, like: Specs) -> Planes:
         out = {name: planes[name] for name in like}
         names = require_floats(self.name, like)
-        matrix = self._matrix(planes, like[names[0]].shape[1]).T
+        matrix = self._matrix(planes, names, like).T
         for name in names:
             out[name] = _mix(matrix, planes[name])
         return out
 
-    def _matrix(self, planes: Planes, tokens: int) -> torch.Tensor:
-        """The mixing of all planes: their tokens are the same."""
+    def _matrix(self, planes: Planes, names: list[str], specs: Specs) -> torch.Tensor:
+        """The mixing of all these planes: their tokens are the same. Behind a quantiser there may be none."""
+        tokens = specs[names[0]].shape[1] if names else 1
         if ".token" not in planes:
             raise PipelineError("stage 'repeats' needs the token ids of the chunk: give them with the context")
         return mixing(planes[".token"][-tokens:])
