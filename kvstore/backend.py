@@ -109,10 +109,22 @@ class Stored(NamedTuple):
     error: BackendError | None = None
 
 
+class State(NamedTuple):
+    """How a backend is.
+
+    Args:
+        up: Whether it serves.
+        detail: What a person should know; empty where there is nothing to say.
+    """
+
+    up: bool
+    detail: str = ""
+
+
 class Backend(Protocol):
     """Holds frames by key. A miss is a value; failures raise `BackendError`.
 
-    A client may also raise what its server found wrong with a request, such as an `AuthError`: those are for a person
+    A backend that can be out of order while its process lives has an attribute `state` too, see `state_of`. A client may also raise what its server found wrong with a request, such as an `AuthError`: those are for a person
     to mend, and a stack treats them like any failure of a tier.
     """
 
@@ -145,6 +157,12 @@ class Backend(Protocol):
     async def aclose(self) -> None:
         """Make everything accepted as durable as it can be and free resources; safe to call twice."""
         ...
+
+
+def state_of(backend: Backend) -> State:
+    """How a backend is; one that does not say is up."""
+    state: State = getattr(backend, "state", State(True))
+    return state
 
 
 def put_outcome(held: Held | None, frame: Frame) -> Outcome:

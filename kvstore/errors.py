@@ -121,6 +121,12 @@ class BackendUnavailableError(BackendError):
         self.retry_after_s = retry_after_s
 
 
+class BackendBusyError(BackendUnavailableError):
+    """The backend works, but more waits for it than it takes on; try again after `retry_after_s`."""
+
+    code = "busy"
+
+
 class BackendFullError(BackendError):
     """There is no room and nothing may be evicted for it."""
 
