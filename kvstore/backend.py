@@ -124,8 +124,9 @@ class State(NamedTuple):
 class Backend(Protocol):
     """Holds frames by key. A miss is a value; failures raise `BackendError`.
 
-    A backend that can be out of order while its process lives has an attribute `state` too, see `state_of`. A client may also raise what its server found wrong with a request, such as an `AuthError`: those are for a person
-    to mend, and a stack treats them like any failure of a tier.
+    A backend that can be out of order while its process lives has an attribute `state` too, see `state_of`. A client
+    may also raise what its server found wrong with a request, such as an `AuthError`: those are for a person to mend,
+    and a stack treats them like any failure of a tier.
     """
 
     name: str

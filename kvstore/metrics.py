@@ -27,6 +27,7 @@ class Metrics:
         self.misses = self._counter("kvstore_misses", "Chunks not served, by reason.", ("reason",))
         self.puts = self._counter("kvstore_puts", "Chunks put, by outcome.", ("outcome",))
         self.evictions = self._counter("kvstore_evictions", "Chunks evicted for room.", ("tier",))
+        self.shrinks = self._counter("kvstore_shrinks", "Chunks that lost their top levels for room.", ("tier",))
         self.corrupt = self._counter("kvstore_corrupt", "Damaged frames found and taken away.", ("tier",))
         self.write_failures = self._counter(
             "kvstore_write_behind_failures", "Chunks that a write-behind queue could not store.", ("tier",)

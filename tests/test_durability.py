@@ -157,7 +157,7 @@ async def test_a_delete_that_fails_says_so_and_leaves_the_chunk(start: Start, mo
         raise BackendFullError("lmdb", "the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvstore.backends.lmdb_store.LmdbStore.write", fail)
+        patch.setattr("kvstore.backends.lmdb_store.LmdbStore.delete", fail)
         await server.refused("DELETE", path_of(KEY), 507, "storage-full")
     before = await _held(server, [frame])
     await server.stop()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvstore.backend import Held, Miss, Reason
 from kvstore.backends.index import Index, shared_copy
+from kvstore.backends.policies import Origin
 from kvstore.errors import BackendFullError
 from kvstore.keys import ChunkKey
 from kvstore.testing import make_key
@@ -21,8 +22,8 @@ def fill(index: Index, numbers: range, size_bytes: int = 10) -> list[ChunkKey]:
     """Add chunks, making room for each; the keys that had to go."""
     gone = []
     for number in numbers:
-        gone += [key for key, _ in index.make_room({KEYS[number]: size_bytes})]
-        index.add(KEYS[number], held(number), size_bytes)
+        gone += [key for key, *_ in index.make_room({KEYS[number]: size_bytes})]
+        index.add(KEYS[number], held(number), size_bytes, Origin())
         index.validate()
     return gone
 
@@ -62,8 +63,8 @@ def test_nothing_is_given_up_for_what_never_fits() -> None:
 def test_a_chunk_that_grows_keeps_its_place_and_is_not_evicted_for_itself() -> None:
     index = Index("test", 100)
     fill(index, range(10))
-    gone = [key for key, _ in index.make_room({KEYS[0]: 60})]
-    index.add(KEYS[0], held(0), 60)
+    gone = [key for key, *_ in index.make_room({KEYS[0]: 60})]
+    index.add(KEYS[0], held(0), 60, Origin())
     index.validate()
     assert gone == KEYS[1:6]
 
@@ -73,8 +74,8 @@ def test_eviction_ends_when_only_what_must_stay_is_left() -> None:
     fill(index, range(3))
     for key in KEYS[:3]:
         index.read(key)
-    assert {key for key, _ in index.evict(1000, keep=KEYS[:1])} == set(KEYS[1:3])
-    assert index.evict(1000, keep=KEYS[:1]) == []
+    assert {key for key, *_ in index.release(1000, keep=KEYS[:1])} == set(KEYS[1:3])
+    assert index.release(1000, keep=KEYS[:1]) == []
 
 
 def test_match_tells_why_it_ends() -> None:
@@ -104,14 +105,14 @@ def test_the_parts_of_the_index_agree_after_every_step(steps: list[tuple[str, in
     for step, number, size_bytes in steps:
         key = KEYS[number]
         if step == "put":
-            for gone, _ in index.make_room({key: size_bytes}):
+            for gone, *_ in index.make_room({key: size_bytes}):
                 del mirror[gone]
-            index.add(key, held(number), size_bytes)
+            index.add(key, held(number), size_bytes, Origin())
             mirror[key] = size_bytes
         elif step == "read":
             index.read(key)
         elif step == "evict":
-            for gone, _ in index.evict(size_bytes):
+            for gone, *_ in index.release(size_bytes):
                 del mirror[gone]
         else:
             assert index.drop(key, Reason.ABSENT if step == "delete" else Reason.CORRUPT) == (key in mirror)

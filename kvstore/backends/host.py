@@ -3,7 +3,8 @@
 from collections.abc import AsyncIterator, Sequence
 
 from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, Stored, check_copy, put_outcome
-from kvstore.backends.index import Index, held_from
+from kvstore.backends.index import Index, Move, held_from
+from kvstore.backends.policies import Policies
 from kvstore.errors import BackendFullError, FrameError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
@@ -19,13 +20,22 @@ class HostBackend:
     Args:
         budget_bytes: Bytes that frames may take, as `Frame.memory_bytes` counts them.
         metrics: Where to count; its own by default.
+        policies: What the tiers of the stack share; its own by default.
         name: Name of the tier.
     """
 
-    def __init__(self, budget_bytes: int, *, metrics: Metrics | None = None, name: str = "host") -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        metrics: Metrics | None = None,
+        policies: Policies | None = None,
+        name: str = "host",
+    ) -> None:
         self.name = name
         self._metrics = metrics or Metrics()
-        self._index = Index(name, budget_bytes)
+        self._policies = policies or Policies()
+        self._index = Index(name, budget_bytes, policies=self._policies)
         self._frames: dict[ChunkKey, Frame] = {}
         self._metrics.budget_bytes.labels(name).set(budget_bytes)
 
@@ -58,7 +68,7 @@ class HostBackend:
 
     async def aclose(self) -> None:
         self._frames.clear()
-        self._index = Index(self.name, self._index.budget_bytes)
+        self._index = Index(self.name, self._index.budget_bytes, policies=self._policies)
 
     def _get(self, key: ChunkKey, level: int | None) -> Frame | Miss:
         if (frame := self._frames.get(key)) is None:
@@ -75,8 +85,14 @@ class HostBackend:
         return frame
 
     def _put(self, key: ChunkKey, frame: Frame) -> Stored:
-        outcome = put_outcome(self._index.get(key), frame)
-        if outcome in (Outcome.EXISTS, Outcome.OTHER):
+        held = self._index.get(key)
+        outcome = put_outcome(held, frame)
+        if outcome in (Outcome.WRITTEN, Outcome.EXTENDED):
+            placed = frame.truncated(self._index.placed(held_from(self.name, frame), frame.memory_bytes) - 1)
+            if outcome is Outcome.EXTENDED and placed.levels <= len(held.copy.level_bytes if held else ()):
+                return Stored(Outcome.EXISTS, Ack.MEMORY)
+            frame = placed
+        else:
             return Stored(outcome, Ack.MEMORY)
         try:
             self._keep(key, frame)
@@ -87,12 +103,18 @@ class HostBackend:
     def _keep(self, key: ChunkKey, frame: Frame) -> None:
         """Hold a frame in place of whatever is held under its key."""
         size_bytes = frame.memory_bytes
-        victims = self._index.make_room({key: size_bytes})
-        for victim, _ in victims:
-            del self._frames[victim]
-        self._metrics.evictions.labels(self.name).inc(len(victims))
-        self._index.add(key, held_from(self.name, frame), size_bytes)
+        for move in self._index.make_room({key: size_bytes}):
+            self._make(move)
+        self._index.add(key, held_from(self.name, frame), size_bytes, self._policies.origin(key, frame))
         self._frames[key] = frame
+
+    def _make(self, move: Move) -> None:
+        if move.after is None:
+            del self._frames[move.key]
+            self._metrics.evictions.labels(self.name).inc()
+        else:
+            self._frames[move.key] = self._frames[move.key].truncated(len(move.after.copy.level_bytes) - 1)
+            self._metrics.shrinks.labels(self.name).inc()
 
     def _gauge(self) -> None:
         self._metrics.chunks.labels(self.name).set(len(self._index))

@@ -7,11 +7,13 @@ the small queue are remembered in a ghost list and enter the main queue when the
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 from kvstore.backend import Copy, Held, Match, Miss, Reason
+from kvstore.backends.policies import Load, Origin, Policies
 from kvstore.errors import BackendFullError
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
@@ -32,20 +34,61 @@ def held_from(tier: str, frame: Frame) -> Held:
     return Held(frame.id, shared_copy(tier, len(frame.head.raw), level_bytes, header.levels, inexact))
 
 
+class Move(NamedTuple):
+    """What a tier must do with a chunk to make room.
+
+    Args:
+        key: The chunk.
+        before: What is held of it.
+        before_bytes: Bytes that it takes now.
+        after: What is to be held of it, fewer levels of the same frame; None where it must go.
+        origin: Where it stands in its prompt.
+    """
+
+    key: ChunkKey
+    before: Held
+    before_bytes: int
+    after: Held | None
+    origin: Origin
+
+
+def copy_bytes(copy: Copy) -> int:
+    """Bytes of a frame as it is sent."""
+    return copy.head_bytes + sum(copy.level_bytes)
+
+
+def shortened(held: Held, levels: int) -> Held:
+    """What is held once only so many levels are left."""
+    tier, head_bytes, level_bytes, whole_levels, inexact = held.copy
+    return Held(held.frame_id, shared_copy(tier, head_bytes, level_bytes[:levels], whole_levels, inexact))
+
+
 class Index:
     """Chunks of one tier under a budget of bytes.
 
     Args:
         tier: Name of the tier, for errors.
         budget_bytes: Bytes that the chunks may take together.
+        measure: Bytes that a copy takes in this tier; only differences between copies of one frame are asked for.
+        policies: What the tiers of the stack share; its own by default.
     """
 
-    def __init__(self, tier: str, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        tier: str,
+        budget_bytes: int,
+        *,
+        measure: Callable[[Copy], int] = copy_bytes,
+        policies: Policies | None = None,
+    ) -> None:
         self.tier = tier
         self.budget_bytes = budget_bytes
+        self._measure = measure
+        self._policies = policies or Policies()
         self.used_bytes = 0
         self._held: dict[ChunkKey, Held] = {}
         self._size_bytes: dict[ChunkKey, int] = {}
+        self._origins: dict[ChunkKey, Origin] = {}
         self._reads: dict[ChunkKey, int] = {}
         self._small: OrderedDict[ChunkKey, None] = OrderedDict()
         self._main: OrderedDict[ChunkKey, None] = OrderedDict()
@@ -82,35 +125,57 @@ class Index:
         if (reads := self._reads.get(key)) is not None and reads < _READS_MAX:
             self._reads[key] = reads + 1
 
-    def make_room(self, sizes_bytes: Mapping[ChunkKey, int]) -> list[tuple[ChunkKey, Held]]:
-        """Take the chunks out of the index that must go so that others can be added, or grow.
+    def placed(self, held: Held, size_bytes: int) -> int:
+        """Number of levels of a chunk that is about to come in which this tier will keep, at least one."""
+        load = Load((self.used_bytes + size_bytes) / max(1, self.budget_bytes), 0)
+        return self._levels_kept(held, load)
+
+    def make_room(self, sizes_bytes: Mapping[ChunkKey, int]) -> list[Move]:
+        """Shrink chunks, and take others out of the index, so that new ones can be added or grow.
+
+        The index counts the moves as made; where they could not be, `undo` them.
 
         Args:
-            sizes_bytes: Bytes that each chunk about to be added will take; these are not taken out.
-
-        Returns:
-            The chunks that must go, with what was held of them.
+            sizes_bytes: Bytes that each chunk about to be added will take; these are left alone.
 
         Raises:
-            BackendFullError: They cannot fit even in an empty tier; nothing was taken out.
+            BackendFullError: They cannot fit even in an empty tier; nothing was moved.
         """
         total_bytes = sum(sizes_bytes.values())
         if total_bytes > self.budget_bytes:
             raise BackendFullError(self.tier, f"{total_bytes} bytes do not fit into a budget of {self.budget_bytes}")
         grown_bytes = total_bytes - sum(self._size_bytes.get(key, 0) for key in sizes_bytes)
-        return self.evict(self.used_bytes + grown_bytes - self.budget_bytes, keep=sizes_bytes)
+        return self.release(self.used_bytes + grown_bytes - self.budget_bytes, keep=sizes_bytes)
 
-    def evict(self, size_bytes: int, *, keep: Collection[ChunkKey] = ()) -> list[tuple[ChunkKey, Held]]:
-        """Take chunks out of the index until at least `size_bytes` are freed or only those to keep are left."""
-        victims: list[tuple[ChunkKey, Held]] = []
+    def release(self, size_bytes: int, *, keep: Collection[ChunkKey] = ()) -> list[Move]:
+        """Shrink and take out chunks until `size_bytes` are freed or only those to keep are left."""
+        moves: list[Move] = []
         goal_bytes = self.used_bytes - size_bytes
+        load = Load((self.used_bytes + size_bytes) / max(1, self.budget_bytes), 0)
         while self.used_bytes > goal_bytes and (victim := self._next_victim(keep)) is not None:
-            victims.append((victim, self._held[victim]))
+            held = self._held[victim]
+            if (levels := self._levels_kept(held, load)) < len(held.copy.level_bytes):
+                after = shortened(held, levels)
+                saved_bytes = self._measure(held.copy) - self._measure(after.copy)
+                moves.append(Move(victim, held, self._size_bytes[victim], after, self._origins[victim]))
+                self.add(victim, after, self._size_bytes[victim] - saved_bytes, self._origins[victim])
+                continue
+            moves.append(Move(victim, held, self._size_bytes[victim], None, self._origins[victim]))
             self.drop(victim, Reason.EVICTED)
-        return victims
+        return moves
 
-    def add(self, key: ChunkKey, held: Held, size_bytes: int) -> None:
+    def undo(self, moves: Sequence[Move]) -> None:
+        """Take moves back that could not be made."""
+        for move in reversed(moves):
+            self.add(move.key, move.before, move.before_bytes, move.origin)
+
+    def origin(self, key: ChunkKey) -> Origin:
+        """Where a chunk that is held stands in its prompt."""
+        return self._origins[key]
+
+    def add(self, key: ChunkKey, held: Held, size_bytes: int, origin: Origin) -> None:
         """Note that a chunk is held, or held with more or fewer levels than before."""
+        self._origins[key] = origin
         if key in self._held:
             self._resize(key, size_bytes)
         else:
@@ -124,7 +189,7 @@ class Index:
                 self._forget(key)
             return False
         size_bytes = self._size_bytes.pop(key)
-        del self._reads[key]
+        del self._reads[key], self._origins[key]
         self.used_bytes -= size_bytes
         if key in self._small:
             del self._small[key]
@@ -144,7 +209,7 @@ class Index:
 
     def validate(self) -> None:
         """Check that the parts agree; tests call it after every step."""
-        assert self._held.keys() == self._size_bytes.keys() == self._reads.keys()
+        assert self._held.keys() == self._size_bytes.keys() == self._reads.keys() == self._origins.keys()
         assert self._small.keys() | self._main.keys() == self._held.keys()
         assert not self._small.keys() & self._main.keys()
         assert self.used_bytes == sum(self._size_bytes.values()) <= self.budget_bytes
@@ -152,6 +217,9 @@ class Index:
         assert not self._ghosts.keys() & self._held.keys()
         assert self._returning <= self._ghosts.keys()
         assert len(self._ghosts) <= _GHOSTS_MAX
+
+    def _levels_kept(self, held: Held, load: Load) -> int:
+        return max(1, min(len(held.copy.level_bytes), self._policies.placement(held, self.tier, load) + 1))
 
     def _enter(self, key: ChunkKey, size_bytes: int) -> None:
         if key in self._returning:

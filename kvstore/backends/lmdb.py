@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
-from kvstore.backends.index import Index, held_from, shared_copy
+from kvstore.backends.index import Index, Move, held_from, shortened
 from kvstore.backends.lmdb_store import LmdbStore, MapFullError, Wanted, size_on_disk_bytes
+from kvstore.backends.policies import Policies
 from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
@@ -34,11 +35,12 @@ class LmdbBackend:
     that LMDB cannot reuse yet.
     """
 
-    def __init__(self, store: LmdbStore, index: Index, metrics: Metrics) -> None:
+    def __init__(self, store: LmdbStore, index: Index, metrics: Metrics, policies: Policies) -> None:
         self.name = index.tier
         self._store = store
         self._index = index
         self._metrics = metrics
+        self._policies = policies
         self._writing = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lmdb-write")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvstore-lmdb-read")
@@ -49,20 +51,27 @@ class LmdbBackend:
 
     @classmethod
     async def open(
-        cls, directory: Path, budget_bytes: int, *, metrics: Metrics | None = None, name: str = "lmdb"
+        cls,
+        directory: Path,
+        budget_bytes: int,
+        *,
+        metrics: Metrics | None = None,
+        policies: Policies | None = None,
+        name: str = "lmdb",
     ) -> "LmdbBackend":
         """Open or create the environment and load its index.
 
         Raises:
             ConfigError: The directory cannot be used, is in use, or has another format.
         """
-        index = Index(name, budget_bytes)
+        policies = policies or Policies()
+        index = Index(name, budget_bytes, measure=size_on_disk_bytes, policies=policies)
         store = await asyncio.to_thread(LmdbStore, directory, budget_bytes, name)
-        backend = cls(store, index, metrics or Metrics())
-        for key, held in await backend._run(backend._writer, store.load):
-            index.add(key, held, size_on_disk_bytes(held.copy))
+        backend = cls(store, index, metrics or Metrics(), policies)
+        for key, held, origin in await backend._run(backend._writer, store.load):
+            index.add(key, held, size_on_disk_bytes(held.copy), origin)
         # The budget may be smaller than it was when these chunks were written.
-        excess = [key for key, _ in index.evict(index.used_bytes - budget_bytes)]
+        excess = index.release(index.used_bytes - budget_bytes)
         await backend._run(backend._writer, lambda: store.write([], excess))
         backend._gauge()
         return backend
@@ -86,19 +95,19 @@ class LmdbBackend:
         async def trim() -> None:
             held = {key: self._index.get(key) for key in keys}
             shorter = {
-                key: _shortened(found, level)
+                key: shortened(found, level + 1)
                 for key, found in held.items()
                 if found is not None and len(found.copy.level_bytes) > level + 1
             }
             await self._run(self._writer, lambda: self._store.trim(shorter))
             for key, found in shorter.items():
-                self._index.add(key, found, size_on_disk_bytes(found.copy))
+                self._index.add(key, found, size_on_disk_bytes(found.copy), self._index.origin(key))
 
         await self._to_the_end(trim)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         async def delete() -> None:
-            await self._run(self._writer, lambda: self._store.write([], keys))
+            await self._run(self._writer, lambda: self._store.delete(keys))
             for key in keys:
                 self._index.drop(key, Reason.ABSENT)
 
@@ -171,12 +180,27 @@ class LmdbBackend:
 
     async def _put_batch(self, batch: dict[ChunkKey, Frame]) -> list[Stored]:
         outcomes = {key: put_outcome(self._index.get(key), frame) for key, frame in batch.items()}
-        fresh = {key: frame for key, frame in batch.items() if outcomes[key] in (Outcome.WRITTEN, Outcome.EXTENDED)}
+        fresh = {}
+        for key, frame in batch.items():
+            if outcomes[key] in (Outcome.WRITTEN, Outcome.EXTENDED):
+                fresh[key] = self._placed(frame)
+                if (
+                    outcomes[key] is Outcome.EXTENDED
+                    and put_outcome(self._index.get(key), fresh[key]) is Outcome.EXISTS
+                ):
+                    # There is no room for what it would add.
+                    outcomes[key] = Outcome.EXISTS
+                    del fresh[key]
         error = await self._write(fresh) if fresh else None
         return [
             Stored(Outcome.FAILED, None, error) if error and key in fresh else Stored(outcomes[key], Ack.DISK)
             for key in batch
         ]
+
+    def _placed(self, frame: Frame) -> Frame:
+        """The levels of a frame that this tier keeps now."""
+        held = held_from(self.name, frame)
+        return frame.truncated(self._index.placed(held, size_on_disk_bytes(held.copy)) - 1)
 
     async def _write(self, fresh: dict[ChunkKey, Frame]) -> BackendError | None:
         """Write frames in one transaction, giving up more chunks while the map is full."""
@@ -191,24 +215,24 @@ class LmdbBackend:
                 break
             # Fragmented, or pages that are not free before another transaction: give up more in one of its own.
             pressure_bytes = max(sum(sizes_bytes.values()), int(_PRESSURE_SHARE * self._index.budget_bytes))
-            await self._try_write({}, self._index.evict(pressure_bytes, keep=fresh))
+            await self._try_write({}, self._index.release(pressure_bytes, keep=fresh))
             error = await self._try_write(fresh, [])
         if error is None:
             for key, found in held.items():
-                self._index.add(key, found, sizes_bytes[key])
+                self._index.add(key, found, sizes_bytes[key], self._policies.origin(key, fresh[key]))
         return error
 
-    async def _try_write(
-        self, fresh: dict[ChunkKey, Frame], victims: list[tuple[ChunkKey, Held]]
-    ) -> BackendError | None:
+    async def _try_write(self, fresh: dict[ChunkKey, Frame], moves: list[Move]) -> BackendError | None:
+        items = [(key, frame, self._policies.origin(key, frame)) for key, frame in fresh.items()]
         try:
-            await self._run(self._writer, lambda: self._store.write(list(fresh.items()), [key for key, _ in victims]))
+            await self._run(self._writer, lambda: self._store.write(items, moves))
         except BackendError as exc:
-            # The transaction was undone, so the victims are still there.
-            for key, found in victims:
-                self._index.add(key, found, size_on_disk_bytes(found.copy))
+            # The transaction was undone, so what was to go is still there.
+            self._index.undo(moves)
             return exc
-        self._metrics.evictions.labels(self.name).inc(len(victims))
+        evicted = sum(move.after is None for move in moves)
+        self._metrics.evictions.labels(self.name).inc(evicted)
+        self._metrics.shrinks.labels(self.name).inc(len(moves) - evicted)
         return None
 
     async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -226,8 +250,3 @@ def _levels(held: Held, level: int | None) -> int:
     """Number of levels to read of a chunk."""
     levels = len(held.copy.level_bytes)
     return levels if level is None else min(levels, level + 1)
-
-
-def _shortened(held: Held, level: int) -> Held:
-    tier, head_bytes, level_bytes, levels, inexact = held.copy
-    return Held(held.frame_id, shared_copy(tier, head_bytes, level_bytes[: level + 1], levels, inexact))

@@ -18,14 +18,15 @@ from typing import NamedTuple
 import lmdb
 
 from kvstore.backend import Copy, Held, check_copy
-from kvstore.backends.index import held_from, shared_copy
+from kvstore.backends.index import Move, held_from, shared_copy
+from kvstore.backends.policies import Origin
 from kvstore.buffers import allocate
 from kvstore.errors import BackendError, BackendFullError, ConfigError, FrameError
 from kvstore.frame import HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Frame, parse_head
 from kvstore.header import LEVELS_MAX
-from kvstore.keys import KEY_BYTES, ChunkKey
+from kvstore.keys import DIGEST_BYTES, KEY_BYTES, NAMESPACE_BYTES, ChunkKey, split_key
 
-FORMAT = b"kvstore lmdb 1"
+FORMAT = b"kvstore lmdb 2"
 SLACK_BYTES = 64 << 20
 """Room beyond 1.25 times the budget for pages that LMDB cannot reuse yet."""
 
@@ -33,7 +34,8 @@ _PAGE_BYTES = 4096
 _QUARANTINE_FILES_MAX = 16
 # A disk that fills up in the middle of a write is a short write, which LMDB reports as EIO.
 _FULL_ERRNOS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
-_RECORD = struct.Struct("<16sBBBxI")
+_RECORD = struct.Struct("<16sBBBxIIQ32s")
+_NO_PARENT = bytes(DIGEST_BYTES)
 _LEVEL_SIZE = struct.Struct("<Q")
 
 
@@ -80,17 +82,20 @@ class LmdbStore:
             self.close()
             raise
 
-    def load(self) -> list[tuple[ChunkKey, Held]]:
+    def load(self) -> list[tuple[ChunkKey, Held, Origin]]:
         """Every chunk that the index database names; those whose record is damaged are deleted."""
+        loaded, damaged = [], []
         with self._transaction() as txn:
-            found = [
-                (ChunkKey(bytes(key)), _unpack_record(self._name, record)) for key, record in txn.cursor(self._index)
-            ]
-        damaged = [key for key, held in found if held is None or len(key) != KEY_BYTES]
+            for raw, record in txn.cursor(self._index):
+                key = ChunkKey(bytes(raw))
+                if len(key) == KEY_BYTES and (found := _unpack_record(self._name, key, record)) is not None:
+                    loaded.append((key, *found))
+                else:
+                    damaged.append(key)
         if damaged:
             log.warning("%d damaged records were taken out of the index of %s", len(damaged), self._directory)
-            self.write([], damaged)
-        return [(key, held) for key, held in found if held is not None and len(key) == KEY_BYTES]
+            self.delete(damaged)
+        return loaded
 
     def read(self, wanted: Sequence[Wanted]) -> list[Frame | None]:
         """Verified frames, in order; None where one is damaged or not there with all levels wanted."""
@@ -98,25 +103,32 @@ class LmdbStore:
             copies = [self._copy_out(txn, want) for want in wanted]
         return [_verified(want, *copy) for want, copy in zip(wanted, copies, strict=True)]
 
-    def write(self, items: Iterable[tuple[ChunkKey, Frame]], gone: Iterable[ChunkKey]) -> None:
-        """Delete chunks and store frames in one transaction.
+    def write(self, items: Iterable[tuple[ChunkKey, Frame, Origin]], moves: Iterable[Move]) -> None:
+        """Make moves and store frames in one transaction.
 
         Raises:
             BackendFullError: The map or the disk is full; nothing was changed.
         """
         with self._transaction(write=True) as txn:
-            for key in gone:
-                self._delete(txn, key)
-            for key, frame in items:
-                self._put(txn, key, frame)
+            for move in moves:
+                if move.after is None:
+                    self._delete(txn, move.key)
+                else:
+                    self._shrink(txn, move.key, move.after)
+            for key, frame, origin in items:
+                self._put(txn, key, frame, origin)
 
     def trim(self, shorter: Mapping[ChunkKey, Held]) -> None:
         """Drop the levels that the given copies no longer have."""
         with self._transaction(write=True) as txn:
             for key, held in shorter.items():
-                for level in range(len(held.copy.level_bytes), held.copy.levels):
-                    txn.delete(_level_key(key, level), db=self._levels)
-                txn.put(key, _pack_record(held), db=self._index)
+                self._shrink(txn, key, held)
+
+    def delete(self, keys: Iterable[ChunkKey]) -> None:
+        """Delete chunks in one transaction."""
+        with self._transaction(write=True) as txn:
+            for key in keys:
+                self._delete(txn, key)
 
     def quarantine(self, key: ChunkKey) -> None:
         """Move the bytes of a damaged chunk out of the database into a file, for whoever looks into it."""
@@ -127,7 +139,7 @@ class LmdbStore:
             self._keep_damaged(key, damaged)
         except OSError as exc:
             log.warning("the damaged chunk %s could not be kept: %s", key.hex(), exc)
-        self.write([], [key])
+        self.delete([key])
 
     def close(self) -> None:
         """Close the environment and release the lock."""
@@ -199,10 +211,16 @@ class LmdbStore:
             payload[-1][:] = stored
         return None if head is None else bytes(head), payload
 
-    def _put(self, txn: "lmdb.Transaction[memoryview]", key: ChunkKey, frame: Frame) -> None:
+    def _shrink(self, txn: "lmdb.Transaction[memoryview]", key: ChunkKey, held: Held) -> None:
+        for level in range(len(held.copy.level_bytes), held.copy.levels):
+            txn.delete(_level_key(key, level), db=self._levels)
+        found = _unpack_record(self._name, key, txn.get(key, db=self._index) or memoryview(b""))
+        txn.put(key, _pack_record(held, found[1] if found else Origin()), db=self._index)
+
+    def _put(self, txn: "lmdb.Transaction[memoryview]", key: ChunkKey, frame: Frame, origin: Origin) -> None:
         # A frame that is replaced may have had more levels.
         self._delete(txn, key)
-        txn.put(key, _pack_record(held_from(self._name, frame)), db=self._index)
+        txn.put(key, _pack_record(held_from(self._name, frame), origin), db=self._index)
         txn.put(key, frame.head.raw, db=self._heads)
         for level, view in enumerate(frame.payload):
             txn.put(_level_key(key, level), view, db=self._levels)
@@ -238,23 +256,39 @@ def _level_key(key: ChunkKey, level: int) -> bytes:
     return key + bytes([level])
 
 
-def _pack_record(held: Held) -> bytes:
+def _pack_record(held: Held, origin: Origin) -> bytes:
     assert held.frame_id is not None, "a backend knows the ids of its own frames"
     copy = held.copy
+    parent = _NO_PARENT if origin.parent is None else split_key(origin.parent)[1]
     sizes = b"".join(_LEVEL_SIZE.pack(size) for size in copy.level_bytes)
-    return _RECORD.pack(held.frame_id, len(copy.level_bytes), copy.levels, copy.inexact, copy.head_bytes) + sizes
+    return (
+        _RECORD.pack(
+            held.frame_id,
+            len(copy.level_bytes),
+            copy.levels,
+            copy.inexact,
+            copy.head_bytes,
+            origin.tokens,
+            origin.first_position,
+            parent,
+        )
+        + sizes
+    )
 
 
-def _unpack_record(tier: str, record: memoryview) -> Held | None:
+def _unpack_record(tier: str, key: ChunkKey, record: memoryview) -> tuple[Held, Origin] | None:
     if len(record) < _RECORD.size:
         return None
-    frame_id, held_levels, levels, inexact, head_bytes = _RECORD.unpack_from(record)
+    frame_id, held_levels, levels, inexact, head_bytes, tokens, first_position, parent = _RECORD.unpack_from(record)
     if len(record) != _RECORD.size + held_levels * _LEVEL_SIZE.size or not 0 < held_levels <= levels:
         return None
     level_bytes = tuple(size for (size,) in _LEVEL_SIZE.iter_unpack(record[_RECORD.size :]))
     if levels > LEVELS_MAX or head_bytes > HEAD_BYTES_MAX or sum(level_bytes) > PAYLOAD_BYTES_MAX:
         return None
-    return Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
+    # A prompt's chunks lie in one namespace.
+    parent_key = None if parent == _NO_PARENT else ChunkKey(key[:NAMESPACE_BYTES] + parent)
+    held = Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
+    return held, Origin(tokens, first_position, parent_key)
 
 
 def _lock(directory: Path) -> int:
