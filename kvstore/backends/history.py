@@ -1,7 +1,8 @@
 """What was asked for: how often chunks were read, and which chunk follows which. Bounded, pure, shared by tiers."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 from kvstore.keys import ChunkKey
@@ -19,10 +20,23 @@ class History:
     def __init__(self, chunks_max: int = HISTORY_MAX) -> None:
         self._chunks_max = chunks_max
         self._reads: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._unnoticed: ChunkKey | None = None
         self._parents: OrderedDict[ChunkKey, ChunkKey] = OrderedDict()
+
+    @contextmanager
+    def unnoticed(self, key: ChunkKey) -> Iterator[None]:
+        """Reads of a chunk in this block are not noted: the scrubber's say nothing about who wants it."""
+        before = self._unnoticed
+        self._unnoticed = key
+        try:
+            yield
+        finally:
+            self._unnoticed = before
 
     def read(self, key: ChunkKey) -> None:
         """Note that a chunk was read."""
+        if key == self._unnoticed:
+            return
         self._reads[key] = self._reads.get(key, 0) + 1
         self._reads.move_to_end(key)
         if len(self._reads) > self._chunks_max:
