@@ -5,14 +5,17 @@ The index lives in memory and on the event loop; `LmdbStore` does the reading an
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
 from kvstore.backends.index import Index, Move, held_from, shortened
-from kvstore.backends.lmdb_store import LmdbStore, MapFullError, Wanted, size_on_disk_bytes
+from kvstore.backends.lmdb_environment import MapFullError
+from kvstore.backends.lmdb_records import size_on_disk_bytes
+from kvstore.backends.lmdb_store import SLACK_BYTES, LmdbStore, Wanted
 from kvstore.backends.policies import Policies
 from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
@@ -20,8 +23,11 @@ from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 
 _READERS = 4
-_WRITE_TRIES = 8
-_PRESSURE_SHARE = 0.05
+_TRANSACTION_BYTES_MAX = 64 << 20
+_FREED_BYTES_MAX = 256 << 20
+"""Bytes that one transaction may free, as LMDB notes its free pages in one run of pages."""
+_PRESSURE_SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1)
+"""Shares of the budget that are given up, one after another, while the map is full."""
 
 T = TypeVar("T")
 
@@ -33,6 +39,9 @@ class LmdbBackend:
 
     The file never grows beyond `1.25 * budget + 64 MiB`: the budget counts whole pages, the rest is room for pages
     that LMDB cannot reuse yet.
+
+    Attributes:
+        map_full: How often LMDB found no room for a transaction, which was then made in smaller steps.
     """
 
     def __init__(self, store: LmdbStore, index: Index, metrics: Metrics, policies: Policies) -> None:
@@ -46,6 +55,10 @@ class LmdbBackend:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvstore-lmdb-read")
         self._changes: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self.map_full = 0
+        # Pages that a transaction frees can be used by the next but one, so room for three must be there.
+        room_bytes = index.budget_bytes // 4 + SLACK_BYTES
+        self._transaction_bytes_max = min(_TRANSACTION_BYTES_MAX, room_bytes // 4, index.budget_bytes // 4)
         metrics.budget_bytes.labels(self.name).set(index.budget_bytes)
         self._gauge()
 
@@ -68,13 +81,24 @@ class LmdbBackend:
         index = Index(name, budget_bytes, measure=size_on_disk_bytes, policies=policies)
         store = await asyncio.to_thread(LmdbStore, directory, budget_bytes, name)
         backend = cls(store, index, metrics or Metrics(), policies)
-        for key, held, origin in await backend._run(backend._writer, store.load):
-            index.add(key, held, size_on_disk_bytes(held.copy), origin)
-        # The budget may be smaller than it was when these chunks were written.
-        excess = index.release(index.used_bytes - budget_bytes)
-        await backend._run(backend._writer, lambda: store.write([], excess))
-        backend._gauge()
+        try:
+            await backend._load()
+        except BaseException:
+            await backend.aclose()
+            raise
         return backend
+
+    async def _load(self) -> None:
+        place: bytes | None = b""
+        while place is not None:
+            loaded, place = await self._run(self._writer, partial(self._store.load, place))
+            for key, held, origin in loaded:
+                self._index.add(key, held, size_on_disk_bytes(held.copy), origin)
+        # The budget may be smaller than it was when these chunks were written.
+        excess = self._index.release(self._index.used_bytes - self._index.budget_bytes)
+        for moves in _runs(excess, lambda move: move.before_bytes):
+            await self._run(self._writer, partial(self._store.write, [], moves))
+        self._gauge()
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         return self._index.match(keys)
@@ -99,17 +123,19 @@ class LmdbBackend:
                 for key, found in held.items()
                 if found is not None and len(found.copy.level_bytes) > level + 1
             }
-            await self._run(self._writer, lambda: self._store.trim(shorter))
-            for key, found in shorter.items():
-                self._index.add(key, found, size_on_disk_bytes(found.copy), self._index.origin(key))
+            for run in _runs(shorter.items(), lambda item: sum(item[1].copy.level_bytes)):
+                await self._run(self._writer, partial(self._store.trim, dict(run)))
+                for key, found in run:
+                    self._index.add(key, found, size_on_disk_bytes(found.copy), self._index.origin(key))
 
         await self._to_the_end(trim)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         async def delete() -> None:
-            await self._run(self._writer, lambda: self._store.delete(keys))
-            for key in keys:
-                self._index.drop(key, Reason.ABSENT)
+            for run in _runs(keys, self._size_bytes):
+                await self._run(self._writer, partial(self._store.delete, run))
+                for key in run:
+                    self._index.drop(key, Reason.ABSENT)
 
         await self._to_the_end(delete)
 
@@ -171,7 +197,7 @@ class LmdbBackend:
         batch_bytes = 0
         for key, frame in items:
             size_bytes = size_on_disk_bytes(held_from(self.name, frame).copy)
-            if key in batch or batch_bytes + size_bytes > self._index.budget_bytes // 4:
+            if key in batch or batch_bytes + size_bytes > self._transaction_bytes_max:
                 yield batch
                 batch, batch_bytes = {}, 0
             batch[key] = frame
@@ -210,13 +236,14 @@ class LmdbBackend:
             error = await self._try_write(fresh, self._index.make_room(sizes_bytes))
         except BackendFullError as exc:
             return exc
-        for _ in range(_WRITE_TRIES):
+        for share in _PRESSURE_SHARES:
             if not isinstance(error, MapFullError):
                 break
-            # Fragmented, or pages that are not free before another transaction: give up more in one of its own.
-            pressure_bytes = max(sum(sizes_bytes.values()), int(_PRESSURE_SHARE * self._index.budget_bytes))
-            await self._try_write({}, self._index.release(pressure_bytes, keep=fresh))
-            error = await self._try_write(fresh, [])
+            self.map_full += 1
+            # Pages may be fragmented, or not free before further transactions: make room in transactions of its own.
+            give_up_bytes = max(sum(sizes_bytes.values()), int(share * self._index.budget_bytes))
+            moves = self._index.release(give_up_bytes, keep=fresh) if share else self._index.make_room(sizes_bytes)
+            error = await self._try_write({}, moves) or await self._settle() or await self._try_write(fresh, [])
         if error is None:
             for key, found in held.items():
                 self._index.add(key, found, sizes_bytes[key], self._policies.origin(key, fresh[key]))
@@ -235,11 +262,23 @@ class LmdbBackend:
         self._metrics.shrinks.labels(self.name).inc(len(moves) - evicted)
         return None
 
+    async def _settle(self) -> BackendError | None:
+        try:
+            await self._run(self._writer, self._store.settle)
+        except BackendError as exc:
+            return exc
+        return None
+
     async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, work)
         except RuntimeError as exc:
             raise BackendUnavailableError(self.name, "is closed") from exc
+
+    def _size_bytes(self, key: ChunkKey) -> int:
+        """Bytes that deleting a chunk frees."""
+        held = self._index.get(key)
+        return 0 if held is None else size_on_disk_bytes(held.copy)
 
     def _gauge(self) -> None:
         self._metrics.chunks.labels(self.name).set(len(self._index))
@@ -250,3 +289,16 @@ def _levels(held: Held, level: int | None) -> int:
     """Number of levels to read of a chunk."""
     levels = len(held.copy.level_bytes)
     return levels if level is None else min(levels, level + 1)
+
+
+def _runs(items: Iterable[T], size_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut what is to be deleted into transactions."""
+    run: list[T] = []
+    freed_bytes = 0
+    for item in items:
+        if run and freed_bytes + size_bytes(item) > _FREED_BYTES_MAX:
+            yield run
+            run, freed_bytes = [], 0
+        run.append(item)
+        freed_bytes += size_bytes(item)
+    yield run

@@ -1,0 +1,91 @@
+"""How a chunk lies in the disk tier's databases: keys and records, and the pages that they take.
+
+    index   key                          -> what is held (`pack_record`)
+    heads   key                          -> prefix, header and segment table of the frame
+    levels  key, level                   -> first part of the level's payload
+            key, level, part (3 bytes)   -> every further part, numbered from 1
+
+A level is cut into parts of `PART_BYTES`, so that the room of any part that is deleted fits any part that comes: a
+value of LMDB lies in one run of pages, and runs of tens of megabytes are hard to find once the file has been full. A
+reader takes parts of any length until the level is complete, which is how one that lies in a single record is read.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from kvstore.backend import Copy, Held
+from kvstore.backends.index import shared_copy
+from kvstore.backends.policies import Origin
+from kvstore.frame import HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX
+from kvstore.header import LEVELS_MAX
+from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, split_key
+
+PAGE_BYTES = 4096
+PAGE_HEADER_BYTES = 16
+PART_BYTES = (1 << 20) - PAGE_HEADER_BYTES
+"""Payload bytes of a part: with the header of its first page it fills whole pages."""
+
+_RECORD = struct.Struct("<16sBBBxIIQ32s")
+_NO_PARENT = bytes(DIGEST_BYTES)
+_LEVEL_SIZE = struct.Struct("<Q")
+
+
+def level_key(key: ChunkKey, level: int, part: int = 0) -> bytes:
+    """Key of a part of a level; the parts of a level follow one another, and so do the levels of a chunk."""
+    first = key + bytes([level])
+    return first + part.to_bytes(3, "big") if part else first
+
+
+def parts(view: memoryview) -> Iterator[memoryview]:
+    """A level's payload in parts; an empty level has an empty one."""
+    for start in range(0, max(1, len(view)), PART_BYTES):
+        yield view[start : start + PART_BYTES]
+
+
+def size_on_disk_bytes(copy: Copy) -> int:
+    """Whole pages that a chunk takes in the environment, an estimate for its small records included."""
+    whole_parts = sum(size // PART_BYTES for size in copy.level_bytes)
+    rests = (size % PART_BYTES for size in copy.level_bytes)
+    pages_bytes = sum(_pages_bytes(size) for size in (copy.head_bytes, *rests))
+    return pages_bytes + whole_parts * (PART_BYTES + PAGE_HEADER_BYTES) + PAGE_BYTES
+
+
+def pack_record(held: Held, origin: Origin) -> bytes:
+    """Index record of a chunk."""
+    assert held.frame_id is not None, "a backend knows the ids of its own frames"
+    copy = held.copy
+    parent = _NO_PARENT if origin.parent is None else split_key(origin.parent)[1]
+    sizes = b"".join(_LEVEL_SIZE.pack(size) for size in copy.level_bytes)
+    return (
+        _RECORD.pack(
+            held.frame_id,
+            len(copy.level_bytes),
+            copy.levels,
+            copy.inexact,
+            copy.head_bytes,
+            origin.tokens,
+            origin.first_position,
+            parent,
+        )
+        + sizes
+    )
+
+
+def unpack_record(tier: str, key: ChunkKey, record: memoryview) -> tuple[Held, Origin] | None:
+    """What an index record says; None where it is none."""
+    if len(record) < _RECORD.size:
+        return None
+    frame_id, held_levels, levels, inexact, head_bytes, tokens, first_position, parent = _RECORD.unpack_from(record)
+    if len(record) != _RECORD.size + held_levels * _LEVEL_SIZE.size or not 0 < held_levels <= levels:
+        return None
+    level_bytes = tuple(size for (size,) in _LEVEL_SIZE.iter_unpack(record[_RECORD.size :]))
+    if levels > LEVELS_MAX or head_bytes > HEAD_BYTES_MAX or sum(level_bytes) > PAYLOAD_BYTES_MAX:
+        return None
+    # A prompt's chunks lie in one namespace.
+    parent_key = None if parent == _NO_PARENT else ChunkKey(key[:NAMESPACE_BYTES] + parent)
+    held = Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
+    return held, Origin(tokens, first_position, parent_key)
+
+
+def _pages_bytes(size_bytes: int) -> int:
+    return -(-(size_bytes + PAGE_HEADER_BYTES) // PAGE_BYTES) * PAGE_BYTES
