@@ -53,6 +53,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="directory of the disk tier (kvstore-data)")
     parser.add_argument("--memory", type=_size, metavar="SIZE", help="budget of the memory tier (2GiB)")
     parser.add_argument("--disk", type=_size, metavar="SIZE", help="budget of the disk tier, 0 for none (20GiB)")
+    parser.add_argument("--gpu", type=_size, metavar="SIZE", help="budget of the GPU tier (0, none)")
+    parser.add_argument("--s3-bucket", metavar="NAME", help="bucket of the S3 tier (none)")
+    parser.add_argument("--s3-endpoint", metavar="URL", help="URL of the S3 service (Amazon's)")
     parser.add_argument("--token", help="bearer token that every data request must carry")
     parser.add_argument("--insecure", action="store_true", default=None, help="listen on any address without a token")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these and further settings")
@@ -107,6 +110,9 @@ def _serve(args: argparse.Namespace) -> int:
         "data_dir": args.data_dir,
         "memory_bytes": args.memory,
         "disk_bytes": args.disk,
+        "gpu_bytes": args.gpu,
+        "s3_bucket": args.s3_bucket,
+        "s3_endpoint": args.s3_endpoint,
         "token": args.token,
         "insecure": args.insecure,
     }

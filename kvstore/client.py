@@ -229,7 +229,7 @@ def error_from(backend: str, code: str, detail: str, retry_after_s: float = 1.0)
     """The error that a problem's code stands for; an unknown code is a `BackendError`."""
     error_class = error_classes().get(code, BackendError)
     if issubclass(error_class, BackendUnavailableError):
-        return BackendUnavailableError(backend, detail, retry_after_s)
+        return error_class(backend, detail, retry_after_s)
     if issubclass(error_class, BackendFullError):
         return BackendFullError(backend, detail)
     if issubclass(error_class, BackendError) or error_class is KVStoreError:

@@ -16,6 +16,10 @@ from kvstore.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+WRITES = ("behind", "through")
+ENCRYPTIONS = ("none", "AES256", "aws:kms")
+_LEVEL_MAX = 15
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -29,15 +33,34 @@ class ServerConfig:
         data_dir: Directory of the disk tier.
         memory_bytes: Budget of the host memory tier.
         disk_bytes: Budget of the disk tier; 0 runs without one.
+        gpu_bytes: Budget of the GPU tier; 0 runs without one.
+        gpu_device: Device of the GPU tier, as torch names it.
+        s3_bucket: Bucket of the S3 tier; none runs without one.
+        s3_endpoint: URL of the S3 service; none for Amazon's.
+        s3_prefix: What the names of all objects begin with.
+        s3_region: Region of the bucket; none leaves it to boto3's own configuration.
+        s3_access_key: Key id; none takes what boto3 finds.
+        s3_secret_key: The secret that belongs to it.
+        s3_path_style: Put the bucket into the path instead of the host name; by default where there is an endpoint.
+        s3_ca_bundle: File with the certificates that the endpoint is checked against.
+        s3_encryption: Server-side encryption of objects: none, AES256 or aws:kms.
+        s3_kms_key: Key for aws:kms.
+        s3_threads: Calls that may run at one time.
+        s3_timeout_s: Deadline of one call.
+        disk_write: When a put that does not ask for the disk is written there: behind the answer, or through.
+        s3_write: The same for S3.
+        shrink_level: Highest quality level that chunks keep in a tier without room.
         token: Bearer token of the default tenant.
         tenants: Bearer token of every further tenant, by tenant name.
         tenant_secret: Key of the hash that keeps tenants apart; needed where `tenants` is set.
         insecure: Listen on any address without a token.
         body_bytes_max: Largest body of one request.
         inflight_bytes_max: Bytes of bodies that may be in receipt at one time.
-        write_behind_bytes: Bytes that may wait for the disk tier before puts are refused with 503.
+        write_behind_bytes: Bytes that may wait for the disk tier, and for S3, before puts are refused with 503.
+        scrub_bytes_per_s: Rate at which what is stored is read and verified in the background; 0 never does.
         body_timeout_s: A body must arrive at 1 MB/s after this many seconds.
         shutdown_timeout_s: Time that running requests get on shutdown.
+        flush_timeout_s: Time that queued writes get after that.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +68,23 @@ class ServerConfig:
     data_dir: Path = Path("kvstore-data")
     memory_bytes: int = 2 * 2**30
     disk_bytes: int = 20 * 2**30
+    gpu_bytes: int = 0
+    gpu_device: str = "cuda"
+    s3_bucket: str | None = None
+    s3_endpoint: str | None = None
+    s3_prefix: str = "kvstore/"
+    s3_region: str | None = None
+    s3_access_key: str | None = field(default=None, repr=False)
+    s3_secret_key: str | None = field(default=None, repr=False)
+    s3_path_style: bool | None = None
+    s3_ca_bundle: Path | None = None
+    s3_encryption: str = "none"
+    s3_kms_key: str | None = None
+    s3_threads: int = 16
+    s3_timeout_s: float = 30.0
+    disk_write: str = "behind"
+    s3_write: str = "behind"
+    shrink_level: int = 1
     token: str | None = field(default=None, repr=False)
     tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
     tenant_secret: str | None = field(default=None, repr=False)
@@ -52,8 +92,10 @@ class ServerConfig:
     body_bytes_max: int = 256 * 2**20
     inflight_bytes_max: int = 2**30
     write_behind_bytes: int = 512 * 2**20
+    scrub_bytes_per_s: int = 8 * 2**20
     body_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
+    flush_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -62,6 +104,14 @@ class ServerConfig:
             raise ConfigError(f"memory must be at least 1MiB, not {self.memory_bytes} bytes")
         if 0 < self.disk_bytes < 2**20 or self.disk_bytes > 2**48:
             raise ConfigError(f"disk must be 0 (no disk tier) or 1MiB to 256TiB, not {self.disk_bytes} bytes")
+        if 0 < self.gpu_bytes < 2**20:
+            raise ConfigError(f"gpu must be 0 (no GPU tier) or at least 1MiB, not {self.gpu_bytes} bytes")
+        for name in ("disk_write", "s3_write"):
+            if getattr(self, name) not in WRITES:
+                raise ConfigError(f"{name} must be one of {', '.join(WRITES)}, not {getattr(self, name)!r}")
+        if not 0 <= self.shrink_level <= _LEVEL_MAX:
+            raise ConfigError(f"shrink_level must be 0 to {_LEVEL_MAX}, not {self.shrink_level}")
+        self._check_s3()
         if self.body_bytes_max < 2**10:
             raise ConfigError(f"body_bytes_max must be at least 1KiB, not {self.body_bytes_max} bytes")
         if "" in self.tenants:
@@ -76,6 +126,18 @@ class ServerConfig:
                 f"listening on {self.host} without a token would give everybody on the network your data: "
                 "set --token (or KVSTORE_TOKEN), or say --insecure"
             )
+
+    def _check_s3(self) -> None:
+        if self.s3_bucket is None and self.s3_endpoint is not None:
+            raise ConfigError("s3_endpoint is set, s3_bucket is not: name the bucket, or leave both out")
+        if self.s3_encryption not in ENCRYPTIONS:
+            raise ConfigError(f"s3_encryption must be one of {', '.join(ENCRYPTIONS)}, not {self.s3_encryption!r}")
+        if self.s3_kms_key is not None and self.s3_encryption != "aws:kms":
+            raise ConfigError("s3_kms_key is only used with s3_encryption: aws:kms")
+        if (self.s3_access_key is None) != (self.s3_secret_key is None):
+            raise ConfigError("s3_access_key and s3_secret_key belong together: set both or neither")
+        if not 1 <= self.s3_threads <= 256:
+            raise ConfigError(f"s3_threads must be 1 to 256, not {self.s3_threads}")
 
     @property
     def is_loopback(self) -> bool:
@@ -124,8 +186,8 @@ def parse_size(value: object) -> int:
 
 
 def _public_name(field_name: str) -> str:
-    """`memory` for `memory_bytes`: the two tier budgets drop their unit, as sizes carry one."""
-    return {"memory_bytes": "memory", "disk_bytes": "disk"}.get(field_name, field_name)
+    """`memory` for `memory_bytes`: the budgets of tiers drop their unit, as sizes carry one."""
+    return {"memory_bytes": "memory", "disk_bytes": "disk", "gpu_bytes": "gpu"}.get(field_name, field_name)
 
 
 def _read_file(file: Path, known: set[str]) -> dict[str, object]:
@@ -153,12 +215,12 @@ def _convert(name: str, value: object) -> Any:
     Raises:
         ConfigError: It cannot be understood; the message names the setting.
     """
-    if name.endswith(("_bytes", "_bytes_max")):
+    if name.endswith(("_bytes", "_bytes_max", "_bytes_per_s")):
         convert: Callable[[object], object] = parse_size
     elif name.endswith("_s"):
         convert = _positive
     else:
-        convert = {"port": _integer, "data_dir": _path, "insecure": _boolean, "tenants": _tenants}.get(name, str)
+        convert = _CONVERTERS.get(name, str)
     try:
         return convert(value)
     except ConfigError as exc:
@@ -197,3 +259,15 @@ def _tenants(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(token, str) for token in value.values()):
         raise ConfigError("this must map tenant names to tokens")
     return {str(name): token for name, token in value.items()}
+
+
+_CONVERTERS: Mapping[str, Callable[[object], object]] = {
+    "port": _integer,
+    "data_dir": _path,
+    "s3_ca_bundle": _path,
+    "s3_path_style": _boolean,
+    "s3_threads": _integer,
+    "shrink_level": _integer,
+    "insecure": _boolean,
+    "tenants": _tenants,
+}

@@ -32,6 +32,10 @@ class Metrics:
         self.write_failures = self._counter(
             "kvstore_write_behind_failures", "Chunks that a write-behind queue could not store.", ("tier",)
         )
+        self.write_skips = self._counter(
+            "kvstore_write_behind_skips", "Chunks put past a tier that was down and whose queue was full.", ("tier",)
+        )
+        self.scrubbed_bytes = self._counter("kvstore_scrubbed_bytes", "Bytes that the scrubber verified.", ("tier",))
         self.chunks = self._gauge("kvstore_tier_chunks", "Chunks held.", ("tier",))
         self.used_bytes = self._gauge("kvstore_tier_bytes", "Bytes held.", ("tier",))
         self.budget_bytes = self._gauge("kvstore_tier_budget_bytes", "Bytes that may be held.", ("tier",))

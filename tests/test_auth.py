@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kvstore.backend import Backend
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
 from kvstore.config import ServerConfig
@@ -16,6 +15,7 @@ from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 from kvstore.server import create_app
 from kvstore.testing import make_frame
+from kvstore.tiers import TieredBackend
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE
 from tests.conftest import FRAME, Answer, Server, Start, path_of
 from tests.frames import batch_bytes, frame_bytes, random_keys
@@ -40,8 +40,8 @@ WRONG_TOKENS = {
 def _routes() -> list[tuple[str, str]]:
     """Method and path of every route of the application, for `KEY`."""
 
-    async def opened() -> Backend:
-        return HostBackend(1 << 20)
+    async def opened() -> TieredBackend:
+        return TieredBackend([HostBackend(1 << 20)])
 
     app = create_app(opened, ServerConfig(), Metrics())
     names = {"namespace": NAMESPACE, "digest": KEY[16:].hex()}
@@ -59,7 +59,7 @@ def _request(method: str, path: str) -> dict[str, Any]:
         return {"data": batch_bytes(frame_bytes(make_frame(KEY))), "headers": {"Content-Type": BATCH_TYPE}}
     if method == "PUT":
         return {"data": frame_bytes(make_frame(KEY)), "headers": dict(FRAME)}
-    params = {"namespace": NAMESPACE, "level": "0"}
+    params = {"namespace": NAMESPACE, "level": "0", "ttl_s": "60"}
     if method == "POST":
         return {"params": params, "data": KEY[16:], "headers": {"Content-Type": DIGESTS_TYPE}}
     return {"params": params, "headers": {}}
@@ -228,7 +228,7 @@ async def _put(server: Server, token: str, key: ChunkKey, seed: int = 0) -> Answ
 
 
 async def _batch(server: Server, token: str, route: str, key: ChunkKey = KEY) -> Answer:
-    params = {"namespace": NAMESPACE, "level": "0"}
+    params = {"namespace": NAMESPACE, "level": "0", "ttl_s": "60"}
     headers = {"Content-Type": DIGESTS_TYPE} | _with_token(token)
     return await server.ask("POST", f"/v1/{route}", params=params, data=key[16:], headers=headers)
 

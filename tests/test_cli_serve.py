@@ -61,7 +61,7 @@ async def test_it_announces_where_it_listens(serve: Serve, session: aiohttp.Clie
     assert process.announced.startswith("listening on http://127.0.0.1:")
     server = Server(process.url, session)
     assert server.port not in (0, 8420)
-    assert (await server.ask("GET", "/readyz")).json == {"ready": True}
+    assert (await server.ask("GET", "/readyz")).json["ready"]
     assert process.terminate() == 0
 
 

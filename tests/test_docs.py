@@ -21,6 +21,7 @@ from kvstore.config import ServerConfig
 from kvstore.layout import Rope, attention_layout
 from kvstore.metrics import Metrics
 from kvstore.server import create_app, running_server
+from kvstore.tiers import TieredBackend
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -33,7 +34,7 @@ def page(name: str) -> str:
 def test_every_setting_is_documented() -> None:
     rows = page("configuration")
     for field in dataclasses.fields(ServerConfig):
-        name = {"memory_bytes": "memory", "disk_bytes": "disk"}.get(field.name, field.name)
+        name = {"memory_bytes": "memory", "disk_bytes": "disk", "gpu_bytes": "gpu"}.get(field.name, field.name)
         assert f"| `{name}` |" in rows, name
         if name != "tenants":
             assert f"`KVSTORE_{name.upper()}`" in rows
@@ -42,13 +43,13 @@ def test_every_setting_is_documented() -> None:
 def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--json", "--config"}
+    flags = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)) - {"--help", "--json", "--config"}
     assert all(f"`{flag}`" in page("configuration") for flag in flags)
 
 
 def test_every_route_is_documented() -> None:
-    async def backend() -> HostBackend:
-        return HostBackend(1 << 20)
+    async def backend() -> TieredBackend:
+        return TieredBackend([HostBackend(1 << 20)])
 
     app = create_app(backend, ServerConfig(), Metrics())
     for route in app.router.routes():
@@ -74,7 +75,7 @@ def test_every_flag_of_a_command_is_documented(
 ) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    flags = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
     text = page(name) if name else (ROOT / "README.md").read_text()
     missing = [flag for flag in flags if not re.search(rf"`[^`]*{flag}\b[^`]*`", text)]
     assert missing == []

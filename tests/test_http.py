@@ -12,7 +12,7 @@ import kvstore
 from kvstore.frame import Frame
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey
-from kvstore.testing import make_frame
+from kvstore.testing import make_frame, make_key
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, FRAME_TYPE
 from tests.conftest import FRAME, Answer, Server, Start, path_of
 from tests.frames import batch_bytes, checksum, forge, frame_bytes, header_fields, level_ends, random_keys
@@ -416,7 +416,10 @@ async def test_a_server_says_that_it_lives(server: Server, path: str) -> None:
 
 async def test_a_server_says_that_it_is_ready(server: Server) -> None:
     answer = await server.ask("GET", "/readyz")
-    assert (answer.status, answer.json) == (200, {"ready": True})
+    assert (answer.status, answer.json) == (
+        200,
+        {"ready": True, "degraded": False, "tiers": {"host": "up", "lmdb": "up"}},
+    )
 
 
 async def test_a_server_says_its_versions(server: Server) -> None:
@@ -458,3 +461,32 @@ async def test_metrics_count_what_happened(server: Server) -> None:
 async def test_answers_do_not_tell_what_the_server_is_built_from(start: Start) -> None:
     server = await start()
     assert (await server.ask("GET", "/version")).headers["Server"] == "kvstore"
+
+
+# Pins and namespaces
+
+
+async def test_pinned_chunks_survive_pressure(start: Start) -> None:
+    server = await start(disk_bytes=0, memory_bytes=1 << 20)
+    keys = [make_key(number) for number in range(40)]
+    for key in keys[:2]:
+        await server.put(make_frame(key, (50_000,)))
+    query = {"namespace": NAMESPACE, "ttl_s": "600"}
+    body = b"".join(key[16:] for key in keys[:3])
+    answer = await server.ask("POST", "/v1/pins", params=query, data=body, headers=DIGESTS)
+    assert (answer.status, answer.json) == (200, {"pinned": 2, "missing": 1})
+    for key in keys[2:]:
+        await server.put(make_frame(key, (50_000,)))
+    assert [await server.holds(key) for key in keys[:3]] == [True, True, False]
+    query["ttl_s"] = "0"
+    assert (await server.ask("POST", "/v1/pins", params=query, data=body, headers=DIGESTS)).json["pinned"] == 0
+
+
+async def test_a_purge_takes_one_namespace(server: Server) -> None:
+    other = make_key(0, namespace=b"\xee" * 16)
+    for key in [*(make_key(number) for number in range(5)), other]:
+        await server.put(make_frame(key), "disk")
+    answer = await server.ask("DELETE", f"/v1/kv/{NAMESPACE}")
+    assert (answer.status, answer.json) == (200, {"deleted": 5})
+    assert not await server.holds(make_key(0))
+    assert await server.holds(other)

@@ -173,9 +173,24 @@ async def test_a_bad_scan_position_is_refused(guarded: Server) -> None:
 # Routes and methods
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/kv", f"/v1/kv/{NAMESPACE}", "/v1/nothing", "/%2e%2e/etc/passwd"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/kv", "/v1/nothing", "/%2e%2e/etc/passwd"])
 async def test_an_unknown_route_is_a_problem(guarded: Server, path: str) -> None:
     await guarded.refused("GET", path, 404, "not-found")
+
+
+async def test_a_namespace_cannot_be_read(guarded: Server) -> None:
+    await guarded.refused("GET", f"/v1/kv/{NAMESPACE}", 405, "method-not-allowed")
+
+
+@pytest.mark.parametrize("ttl", ["", "-1", "nan", "1e3", "1_0", "forever", "2592001", "\u0661"])
+async def test_a_bad_time_to_live_is_refused(guarded: Server, ttl: str) -> None:
+    query = {"namespace": NAMESPACE, "ttl_s": ttl}
+    await guarded.refused("POST", "/v1/pins", 400, "bad-request", params=query, data=KEY[16:], headers=DIGESTS)
+
+
+@pytest.mark.parametrize("namespace", ["0" * 31, "0" * 33, "A" * 32, "no"])
+async def test_a_bad_namespace_is_not_purged(guarded: Server, namespace: str) -> None:
+    await guarded.refused("DELETE", f"/v1/kv/{namespace}", 400, "bad-key")
 
 
 @pytest.mark.parametrize("method", ["POST", "PATCH", "OPTIONS"])
@@ -608,7 +623,7 @@ async def test_too_many_bytes_in_flight_are_refused_for_a_while(start: Start) ->
         writer.write(b"x" * ((1 << 20) - 500))
         while (answer := await server.ask("PUT", path_of(OTHER), **body)).status != 503:
             await server.ask("DELETE", path_of(OTHER))
-        assert_problem(answer, "unavailable")
+        assert_problem(answer, "busy")
         assert int(answer.headers["Retry-After"]) >= 1
         writer.write(b"x" * 499)
         assert (await _read_answer(reader)).startswith(b"HTTP/1.1 201")

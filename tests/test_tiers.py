@@ -1,18 +1,21 @@
-"""The stack: promotion, levels from different tiers, deletes that stay deleted, writes behind the answer."""
+"""The stack: promotion, levels from different tiers, deletes that stay deleted, pins, purges, coders by tier."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-from kvstore.backend import Ack, Miss, Outcome, Reason
+from kvstore.backend import Ack, Miss, Outcome, Reason, State
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
+from kvstore.backends.policies import Pins, Policies
 from kvstore.client import Client
-from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
+from kvstore.errors import BackendBusyError, BackendError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
+from kvstore.header import Behind
 from kvstore.metrics import Metrics
 from kvstore.testing import FaultyBackend, make_frame, make_key
+from kvstore.testing.frames import NAMESPACE
 from kvstore.tiers import TieredBackend, WriteBehind
 
 KEYS = [make_key(number) for number in range(6)]
@@ -127,8 +130,8 @@ async def test_a_full_tier_is_told_and_the_others_still_hold_the_chunk() -> None
 
 async def test_a_refused_put_leaves_nothing_anywhere() -> None:
     upper, lower, stack, _ = two_tiers()
-    lower.error = BackendUnavailableError("lower", "busy on purpose")
-    with pytest.raises(BackendUnavailableError):
+    lower.error = BackendBusyError("lower", "busy on purpose")
+    with pytest.raises(BackendBusyError):
         await stack.put(ITEMS[:1])
     assert (await upper.match(KEYS[:1])).held == []
 
@@ -152,108 +155,9 @@ async def test_a_put_that_asks_for_the_disk_waits_for_it(tmp_path: Path) -> None
     await stack.aclose()
 
 
-async def test_a_full_queue_refuses_and_recovers() -> None:
-    slow = FaultyBackend(HostBackend(1 << 20))
-    slow.gate.clear()
-    queue = WriteBehind(slow, queue_bytes_max=3 * FRAMES[0].memory_bytes)
-    for item in ITEMS[:3]:
-        await queue.put([item])
-    with pytest.raises(BackendUnavailableError, match="try again"):
-        await queue.put(ITEMS[3:4])
-    assert len((await queue.match(KEYS)).held) == 3
-    assert all(isinstance(frame, Frame) for frame in await queue.get(KEYS[:3]))
-    slow.gate.set()
-    await queue.flush()
-    assert [stored.outcome for stored in await queue.put(ITEMS[3:4])] == [Outcome.WRITTEN]
-    await queue.aclose()
-
-
-async def test_a_batch_larger_than_the_queue_is_written_at_once() -> None:
-    inner = HostBackend(1 << 20)
-    queue = WriteBehind(inner, queue_bytes_max=FRAMES[0].memory_bytes)
-    assert {stored.outcome for stored in await queue.put(ITEMS)} == {Outcome.WRITTEN}
-    assert len((await inner.match(KEYS)).held) == len(KEYS)
-    await queue.aclose()
-
-
-async def test_a_delete_catches_what_is_queued_or_being_written() -> None:
-    slow = FaultyBackend(HostBackend(1 << 20))
-    slow.gate.clear()
-    queue = WriteBehind(slow)
-    await queue.put(ITEMS)
-    while "put" not in slow.calls:
-        await asyncio.sleep(0)
-    deleting = asyncio.create_task(queue.delete(KEYS))
-    await asyncio.sleep(0)
-    slow.gate.set()
-    await deleting
-    await queue.flush()
-    assert await queue.get(KEYS) == [Miss(Reason.ABSENT)] * len(KEYS)
-    await queue.aclose()
-
-
-async def test_what_cannot_be_written_behind_is_counted_and_the_queue_goes_on() -> None:
-    metrics = Metrics()
-    broken = FaultyBackend(HostBackend(1 << 20))
-    queue = WriteBehind(broken, metrics=metrics)
-    broken.error = BackendFullError("host", "full on purpose")
-    await queue.put(ITEMS[:2])
-    await queue.flush()
-    broken.error = None
-    await queue.put(ITEMS[2:])
-    await queue.flush()
-    failures = metrics.registry.get_sample_value("kvstore_write_behind_failures_total", {"tier": "host"})
-    assert failures == 2
-    assert [isinstance(frame, Frame) for frame in await queue.get(KEYS)] == [False, False, True, True, True, True]
-    await queue.aclose()
-
-
-async def test_trimming_reaches_what_is_queued() -> None:
-    slow = FaultyBackend(HostBackend(1 << 20))
-    queue = WriteBehind(slow)
-    await queue.put(ITEMS)
-    await queue.trim(KEYS, level=0)
-    await queue.flush()
-    assert [frame.levels for frame in await queue.get(KEYS) if isinstance(frame, Frame)] == [1] * 6
-    await queue.aclose()
-
-
 def test_a_stack_needs_a_tier() -> None:
     with pytest.raises(ValueError, match="at least one"):
         TieredBackend([])
-
-
-async def test_a_put_that_waits_for_the_disk_does_not_overtake_what_is_queued() -> None:
-    slow = FaultyBackend(HostBackend(1 << 20))
-    slow.gate.clear()
-    queue = WriteBehind(slow)
-    first, other = make_frame(KEYS[0], seed=1), make_frame(KEYS[0], seed=2)
-    assert (await queue.put([(KEYS[0], first)]))[0].outcome is Outcome.WRITTEN
-    second = asyncio.create_task(queue.put([(KEYS[0], other)], ack=Ack.DISK))
-    await asyncio.sleep(0)
-    slow.gate.set()
-    assert (await second)[0].outcome is Outcome.OTHER
-    await queue.flush()
-    [found] = await queue.get(KEYS[:1])
-    assert isinstance(found, Frame)
-    assert found.id == first.id
-    await queue.aclose()
-
-
-async def test_a_longer_queued_frame_is_what_a_waiting_put_of_a_shorter_one_writes() -> None:
-    slow = FaultyBackend(HostBackend(1 << 20))
-    slow.gate.clear()
-    queue = WriteBehind(slow)
-    await queue.put(ITEMS[:1])
-    shorter = asyncio.create_task(queue.put([(KEYS[0], FRAMES[0].truncated(0))], ack=Ack.DISK))
-    await asyncio.sleep(0)
-    slow.gate.set()
-    assert (await shorter)[0] == (Outcome.EXISTS, Ack.MEMORY, None)
-    await queue.flush()
-    [found] = await slow.get(KEYS[:1])
-    assert isinstance(found, Frame)
-    assert found.levels == 3
-    await queue.aclose()
 
 
 async def test_damage_below_is_told_and_not_that_the_chunk_was_evicted_above(tmp_path: Path) -> None:
@@ -267,19 +171,6 @@ async def test_damage_below_is_told_and_not_that_the_chunk_was_evicted_above(tmp
     await stack.aclose()
 
 
-async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
-    broken = FaultyBackend(HostBackend(1 << 20))
-    queue = WriteBehind(broken)
-    broken.error = RuntimeError("no error that anybody expects")  # type: ignore[assignment]
-    await queue.put(ITEMS[:1])
-    await asyncio.sleep(0.01)
-    broken.error = None
-    await queue.put(ITEMS[1:2])
-    await queue.flush()
-    assert isinstance((await queue.get(KEYS[1:2]))[0], Frame)
-    await queue.aclose()
-
-
 async def test_a_tier_that_cannot_be_asked_does_not_keep_the_others_from_serving() -> None:
     upper = HostBackend(1 << 20)
     await upper.put(ITEMS[:2])
@@ -290,3 +181,94 @@ async def test_a_tier_that_cannot_be_asked_does_not_keep_the_others_from_serving
         found = await stack.get(KEYS[:3])
         assert [isinstance(frame, Frame) for frame in found] == [True, True, False]
         assert found[2] == Miss(Reason.BREAKER)
+
+
+async def test_pinned_chunks_stay_until_their_time_and_others_go() -> None:
+    now_s = 0.0
+    policies = Policies(pins=Pins(lambda: now_s))
+    room_bytes = 4 * FRAMES[0].memory_bytes
+    host = HostBackend(room_bytes, policies=policies)
+    stack = TieredBackend([host], policies=policies, pins_bytes_max=room_bytes)
+    await stack.put(ITEMS[:4])
+    assert await stack.pin(KEYS[:2] + KEYS[5:], ttl_s=10.0) == [True, True, False]
+    for number in range(100, 120):
+        await stack.put([(make_key(number), make_frame(make_key(number)))])
+    assert [frame.levels for frame in await stack.get(KEYS[:2]) if isinstance(frame, Frame)] == [3, 3]
+    assert len([key async for key, _ in stack.scan()]) >= 4
+    now_s = 10.5
+    for number in range(200, 240):
+        await stack.put([(make_key(number), make_frame(make_key(number)))])
+    assert (await stack.match(KEYS[:1])).miss == Miss(Reason.EVICTED)
+
+
+async def test_more_than_may_be_pinned_is_refused_and_nothing_is_pinned_then() -> None:
+    policies = Policies()
+    stack = TieredBackend([HostBackend(1 << 20, policies=policies)], policies=policies, pins_bytes_max=4000)
+    await stack.put(ITEMS)
+    assert await stack.pin(KEYS[:1], ttl_s=60.0) == [True]
+    with pytest.raises(BackendFullError, match="pinned"):
+        await stack.pin(KEYS, ttl_s=60.0)
+    assert [key in policies.pins for key in KEYS] == [True] + [False] * 5
+    await stack.unpin(KEYS[:1])
+    assert await stack.pin(KEYS[1:2], ttl_s=60.0) == [True]
+    await stack.delete(KEYS[1:2])
+    assert len(policies.pins) == 0
+
+
+async def test_a_namespace_can_be_purged() -> None:
+    upper, lower, stack, _ = two_tiers()
+    foreign = make_key(0, namespace=b"\xff" * 16)
+    await stack.put([*ITEMS, (foreign, make_frame(foreign))])
+    await upper.delete(KEYS[:3])
+    assert await stack.purge(NAMESPACE) == len(KEYS)
+    assert await stack.get(KEYS) == [Miss(Reason.ABSENT)] * len(KEYS)
+    assert (await lower.match(KEYS[:1])).held == []
+    assert isinstance((await stack.get([foreign]))[0], Frame)
+
+
+async def test_a_tier_that_only_promotion_fills_sees_no_puts_and_no_stale_frames() -> None:
+    fast, host = FaultyBackend(HostBackend(1 << 20, name="gpu")), HostBackend(1 << 20)
+    stack = TieredBackend([fast, host], promoted=["gpu"])
+    inexact = make_frame(KEYS[0], seed=2, behind=Behind(0, 0.1))
+    await stack.put([(KEYS[0], inexact), *ITEMS[1:]])
+    assert fast.calls == []
+    await stack.get(KEYS)
+    assert len((await fast.match(KEYS)).held) == len(KEYS)
+    await stack.put(ITEMS[:1])
+    assert [frame.id for frame in await stack.get(KEYS) if isinstance(frame, Frame)] == [frame.id for frame in FRAMES]
+
+
+async def test_a_stack_says_how_its_tiers_are() -> None:
+    _, lower, stack, _ = two_tiers()
+    assert stack.state == State(True)
+    lower.error = BackendUnavailableError("lower", "out of order on purpose")
+    assert stack.state == State(True, "lower: out of order on purpose")
+    assert {name: state.up for name, state in stack.states().items()} == {"host": True, "lower": False}
+
+
+async def test_chunks_of_a_prompt_are_known_to_follow_each_other() -> None:
+    policies = Policies()
+    stack = TieredBackend([HostBackend(1 << 20, policies=policies)], policies=policies)
+    chain = [make_frame(key, first_position=256 * n) for n, key in enumerate(KEYS)]
+    await stack.put(list(zip(KEYS[:3], chain[:3], strict=True)))
+    assert [policies.history.parent(key) for key in KEYS[:4]] == [None, KEYS[0], KEYS[1], None]
+    await stack.match(KEYS)
+    await stack.put(list(zip(KEYS[3:], chain[3:], strict=True)))
+    assert [policies.history.parent(key) for key in KEYS[3:]] == KEYS[2:5]
+
+
+async def test_an_exact_coder_for_each_tier_is_put_in_and_its_levels_are_joined() -> None:
+    def recode(frame: Frame, tier: str) -> Frame:
+        """Stands in for a coder: the same planes in a frame of another id, and back."""
+        return make_frame(frame.key, seed=int(tier == "lower")) if frame.whole else frame
+
+    upper, lower = HostBackend(1 << 20), HostBackend(1 << 20, name="lower")
+    stack = TieredBackend([upper, lower], recode=recode)
+    assert {stored.outcome for stored in await stack.put(ITEMS)} == {Outcome.WRITTEN}
+    assert {stored.outcome for stored in await stack.put(ITEMS)} == {Outcome.EXISTS}
+    assert [frame.id for frame in await lower.get(KEYS) if isinstance(frame, Frame)] == [
+        make_frame(key, seed=1).id for key in KEYS
+    ]
+    await upper.delete(KEYS)
+    assert all(isinstance(frame, Frame) for frame in await stack.get(KEYS))
+    assert [frame.id for frame in await upper.get(KEYS) if isinstance(frame, Frame)] == [frame.id for frame in FRAMES]

@@ -8,7 +8,6 @@ from contextlib import suppress
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from kvstore.backend import Backend
 from kvstore.config import ServerConfig
 from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
@@ -17,7 +16,9 @@ from kvstore.server.chunk import ChunkRoutes
 from kvstore.server.problems import Handler, problems
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
+from kvstore.server.stack import StackRoutes
 from kvstore.server.status import StatusRoutes
+from kvstore.tiers import TieredBackend, running_scrubber
 
 
 class Running:
@@ -48,12 +49,12 @@ RUNNING = web.AppKey("RUNNING", Running)
 
 
 def create_app(
-    open_backend: Callable[[], Awaitable[Backend]], config: ServerConfig, metrics: Metrics
+    open_stack: Callable[[], Awaitable[TieredBackend]], config: ServerConfig, metrics: Metrics
 ) -> web.Application:
-    """Application around the backend that `open_backend` opens at start; it is closed at shutdown.
+    """Application around the stack of tiers that `open_stack` opens at start; it is closed at shutdown.
 
     Args:
-        open_backend: Called once when the application starts.
+        open_stack: Called once when the application starts.
         config: Limits, tokens and addresses.
         metrics: What `/metrics` shows.
     """
@@ -64,15 +65,17 @@ def create_app(
     receiver = Receiver(config, metrics)
     sender = Sender(config, metrics)
     status = StatusRoutes(metrics, lambda: running.ready)
+    whole = StackRoutes(tenants, receiver)
     chunk = ChunkRoutes(tenants, receiver, sender)
     batch = BatchRoutes(tenants, receiver, sender)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
-        backend = await open_backend()
-        chunk.backend = batch.backend = backend
-        running.ready = True
-        yield
-        await backend.aclose()
+        stack = await open_stack()
+        chunk.backend = batch.backend = whole.stack = status.stack = stack
+        async with running_scrubber(stack, config, metrics):
+            running.ready = True
+            yield
+        await stack.aclose()
 
     async def sign(_: web.Request, response: web.StreamResponse) -> None:
         # Versions of what the server is built from are nobody's business.
@@ -80,7 +83,7 @@ def create_app(
 
     app.cleanup_ctx.append(life)
     app.on_response_prepare.append(sign)
-    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes()])
+    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes(), *whole.routes()])
     return app
 
 

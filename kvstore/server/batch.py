@@ -5,10 +5,8 @@ Keys come as one namespace in the query and digests, 32 bytes each, in the body.
 """
 
 import asyncio
-import struct
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from operator import attrgetter
-from typing import cast
 
 from aiohttp import web
 
@@ -18,7 +16,7 @@ from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey, chunk_key, parse_hex, split_key
 from kvstore.server.auth import Tenants
 from kvstore.server.chunk import own
-from kvstore.server.query import ack_of, level_of, namespace_of
+from kvstore.server.query import ack_of, level_of, namespace_of, with_namespace
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
 from kvstore.wire import BATCH_TYPE, batch_views
@@ -28,8 +26,6 @@ SCAN_PAGE = 4096
 _GET_WINDOW = 8
 _GET_KEYS_MAX = 1024
 _COPY = attrgetter("copy")
-_ONE = struct.Struct(f"{DIGEST_BYTES}s")
-_MANY = struct.Struct(f"{DIGEST_BYTES}s" * 250)
 
 
 class BatchRoutes:
@@ -125,9 +121,9 @@ class BatchRoutes:
         tenant = self._tenants.authenticate(request)
         namespace = namespace_of(request)
         digests = await self._receiver.digests(request)
-        keys = _with_namespace(namespace, digests)
+        keys = with_namespace(namespace, digests)
         scoped = self._tenants.scope(tenant, namespace)
-        return keys, keys if scoped == namespace else _with_namespace(scoped, digests)
+        return keys, keys if scoped == namespace else with_namespace(scoped, digests)
 
     def _stored_key(self, tenant: str, frame: Frame) -> ChunkKey:
         namespace, digest = split_key(frame.key)
@@ -142,14 +138,6 @@ class BatchRoutes:
             if room_bytes < 0:
                 return count
         return min(len(held) + 1, len(keys))
-
-
-def _with_namespace(namespace: bytes, digests: bytes) -> list[ChunkKey]:
-    """One key for each digest of a body; ten thousand of them in half a millisecond."""
-    # Unpacking many at a time is three times as fast as slicing.
-    full_bytes = len(digests) // _MANY.size * _MANY.size
-    rows = chain(_MANY.iter_unpack(digests[:full_bytes]), _ONE.iter_unpack(digests[full_bytes:]))
-    return cast("list[ChunkKey]", [namespace + digest for digest in chain.from_iterable(rows)])
 
 
 def _run_json(copy: Copy, count: int) -> dict[str, object]:

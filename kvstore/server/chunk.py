@@ -9,7 +9,7 @@ from kvstore.errors import RangeError
 from kvstore.frame import Frame, blob_of
 from kvstore.keys import ChunkKey, chunk_key, split_key
 from kvstore.server.auth import Tenants
-from kvstore.server.problems import miss_problem
+from kvstore.server.problems import miss_problem, problem, status_of
 from kvstore.server.query import ack_of, level_of, url_key
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
@@ -43,9 +43,13 @@ class ChunkRoutes:
         ack = ack_of(request)
         async with self._receiver.chunk(request, key) as frame:
             [stored] = await self.backend.put([(stored_key, frame)], ack=ack)
-        if stored.error is not None or stored.ack is None:
+        if stored.ack is None:
             raise stored.error or AssertionError("a put that is not held has an error")
         reached = stored.ack.name.lower()
+        if stored.error is not None:
+            # It is held, but less safely than was asked for.
+            headers = {"Kvstore-Ack": reached}
+            return problem(status_of(stored.error), stored.error.code, str(stored.error), headers=headers, ack=reached)
         return web.json_response(
             {"outcome": stored.outcome.value, "ack": reached},
             status=201 if stored.outcome in (Outcome.WRITTEN, Outcome.EXTENDED) else 200,

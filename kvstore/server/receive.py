@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 from kvstore.backend import Miss
 from kvstore.config import ServerConfig
 from kvstore.errors import (
-    BackendUnavailableError,
+    BackendBusyError,
     BodySizeError,
     FrameCorruptError,
     KeyFormatError,
@@ -113,7 +113,7 @@ class Receiver:
         Raises:
             BodySizeError: It is announced larger than the limit.
             MediaTypeError: It is encoded; what is stored here is compressed already.
-            BackendUnavailableError: Too many bytes are in receipt already.
+            BackendBusyError: Too many bytes are in receipt already.
             TimeoutError: It arrives too slowly.
         """
         if hdrs.CONTENT_ENCODING in request.headers:
@@ -123,7 +123,7 @@ class Receiver:
         def arrived(size_bytes: int) -> None:
             # What counts is what has come: an announcement alone must not keep others from sending.
             if self._inflight_bytes + size_bytes > self._inflight_bytes_max:
-                raise BackendUnavailableError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
+                raise BackendBusyError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
             receipt.size_bytes += size_bytes
             self._inflight_bytes += size_bytes
             timeout.reschedule(deadline_s + receipt.size_bytes / SLOWEST_BYTES_PER_S)

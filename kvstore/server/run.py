@@ -3,12 +3,11 @@
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from kvstore.backend import Backend
 from kvstore.config import ServerConfig
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
@@ -20,24 +19,18 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def running_server(
-    config: ServerConfig, open_backend: Callable[[Metrics], Awaitable[Backend]] | None = None
-) -> AsyncIterator[str]:
+async def running_server(config: ServerConfig) -> AsyncIterator[str]:
     """A server that answers at the URL this yields, until the block is left.
 
     Args:
         config: Its settings.
-        open_backend: Opens what it exposes; the tiers of the configuration by default.
 
     Raises:
         ConfigError: The address or the data directory cannot be used.
     """
     metrics = Metrics()
 
-    async def opened() -> Backend:
-        return await (open_backend(metrics) if open_backend else open_tiers(config, metrics))
-
-    app = create_app(opened, config, metrics)
+    app = create_app(lambda: open_tiers(config, metrics), config, metrics)
     runner = web.AppRunner(
         app,
         access_log=None,

@@ -7,15 +7,18 @@ from aiohttp import web
 import kvstore
 from kvstore.frame import VERSION
 from kvstore.metrics import Metrics
+from kvstore.tiers import TieredBackend
 
 
 class StatusRoutes:
-    """Handlers for probes and scrapers.
+    """Handlers for probes and scrapers. `stack` is set before the server is ready.
 
     Args:
         metrics: What `/metrics` shows.
         is_ready: Tells whether requests are welcome.
     """
+
+    stack: TieredBackend
 
     def __init__(self, metrics: Metrics, is_ready: Callable[[], bool]) -> None:
         self._metrics = metrics
@@ -35,9 +38,14 @@ class StatusRoutes:
         return web.json_response({"status": "ok"})
 
     async def readiness(self, _: web.Request) -> web.Response:
-        """Requests are served."""
-        ready = self._is_ready()
-        return web.json_response({"ready": ready}, status=200 if ready else 503)
+        """Requests are served, and how each tier is; a tier that is down does not make the server unready."""
+        if not self._is_ready():
+            return web.json_response({"ready": False}, status=503)
+        states = self.stack.states()
+        degraded = not all(state.up for state in states.values())
+        # Why one is down may name hosts and buckets; the log has it.
+        tiers = {name: "up" if state.up else "down" for name, state in states.items()}
+        return web.json_response({"ready": True, "degraded": degraded, "tiers": tiers})
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Prometheus' text format."""

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from kvstore.backend import Ack, Backend, Held, Match, Miss, Stored
-from kvstore.errors import BackendError
+from kvstore.backend import Ack, Backend, Held, Match, Miss, State, Stored, state_of
+from kvstore.errors import BackendBusyError, BackendError, BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 
@@ -13,7 +13,8 @@ class FaultyBackend:
     """Passes everything on to another backend, unless it is told to fail or to wait.
 
     Attributes:
-        error: Raised by every get, put, trim and delete while it is set.
+        error: Raised by every get, put, trim and delete while it is set; one that says that the backend is unavailable
+            also shows in `state`.
         gate: Gets and puts wait until it is set.
         calls: Names of the methods called so far.
     """
@@ -25,6 +26,12 @@ class FaultyBackend:
         self.gate.set()
         self.calls: list[str] = []
         self._inner = inner
+
+    @property
+    def state(self) -> State:
+        if isinstance(self.error, BackendUnavailableError) and not isinstance(self.error, BackendBusyError):
+            return State(False, self.error.detail)
+        return state_of(self._inner)
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         return await self._inner.match(keys)

@@ -21,6 +21,7 @@ def make_frame(
     *,
     seed: int = 0,
     groups: Sequence[int] = (1,),
+    first_position: int = 0,
     behind: Behind | None = None,
 ) -> Frame:
     """A frame with one plane a level.
@@ -30,13 +31,14 @@ def make_frame(
         level_bytes: Length of each level's segment in every layer group.
         seed: Frames of different seeds differ in their payload, and so in their id.
         groups: Layers in each layer group.
+        first_position: Where it stands in its prompt; it has 256 tokens.
         behind: Marks the frame as inexact.
     """
     rng = random.Random(f"{key.hex()} {seed}")  # noqa: S311 (no secret)
     header = Header(
         key=key,
         tokens=256,
-        first_position=0,
+        first_position=first_position,
         groups=tuple(groups),
         planes=tuple((f"k.{level}",) for level in range(len(level_bytes))),
         pipeline=({"stage": "test"},),

@@ -2,24 +2,45 @@
 
 A put goes to every tier; each decides what is to be done before it answers. A get is served by the first tier that
 has all levels asked for, and what a lower tier served is promoted to the tiers above it. Tiers know by themselves what
-they hold and what they evict, so the stack keeps no second index that could go stale.
+they hold and what they evict, so the stack keeps no second index that could go stale; what they must know together lies
+in the `Policies` that all of them share.
 """
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import attrgetter
 
-from kvstore.backend import Ack, Backend, Held, Match, Miss, Outcome, Reason, Stored, put_outcome
-from kvstore.errors import BackendError, BackendUnavailableError, KVStoreError
+from kvstore.backend import (
+    Ack,
+    Backend,
+    Held,
+    Match,
+    Miss,
+    Outcome,
+    Reason,
+    State,
+    Stored,
+    put_outcome,
+    state_of,
+)
+from kvstore.backends.index import copy_bytes
+from kvstore.backends.policies import PINS_MAX, Policies
+from kvstore.errors import BackendBusyError, BackendError, BackendFullError, BackendUnavailableError, KVStoreError
 from kvstore.frame import Frame
-from kvstore.keys import ChunkKey
+from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.flights import Flights
 
 _COPY = attrgetter("copy")
 _WINDOW = 1024
+_PURGE_CHUNKS = 1024
 _OUTCOME_RANKS = (Outcome.OTHER, Outcome.EXISTS, Outcome.EXTENDED, Outcome.WRITTEN)
+
+Recode = Callable[[Frame, str], Frame]
+"""The same numbers under the coder that a tier wants: `recode(frame, tier) -> frame`, exact in both directions."""
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +50,48 @@ class TieredBackend:
 
     Args:
         tiers: At least one backend, the fastest first. All but the last are caches of those below.
+        promoted: Names of tiers that puts pass by: only what is read is copied there.
+        policies: What the tiers share; the same that they were given.
+        pins_bytes_max: Bytes that may be pinned at one time.
+        recode: Gives a frame the coder that a tier wants; None where frames are kept as they come.
         metrics: Where to count; its own by default.
     """
 
     name = "stack"
 
-    def __init__(self, tiers: Sequence[Backend], *, metrics: Metrics | None = None) -> None:
-        if not tiers:
-            raise ValueError("a stack needs at least one tier")
+    def __init__(
+        self,
+        tiers: Sequence[Backend],
+        *,
+        promoted: Collection[str] = (),
+        policies: Policies | None = None,
+        pins_bytes_max: int = 1 << 30,
+        recode: Recode | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        if not tiers or all(tier.name in promoted for tier in tiers):
+            raise ValueError("a stack needs at least one tier that puts reach")
         self.tiers = tuple(tiers)
+        self.policies = policies or Policies()
+        self._promoted = frozenset(promoted)
+        self._pins_bytes_max = pins_bytes_max
+        self._recode = recode or (lambda frame, _: frame)
         self._metrics = metrics or Metrics()
+        self._flights = [Flights(tier) for tier in self.tiers]
+        self._pinned_bytes: dict[ChunkKey, int] = {}
         # Counts trims and deletes, so that a get which began before one does not bring back what it took away.
         self._removals = 0
+
+    @property
+    def state(self) -> State:
+        """Up while one tier is; the detail names those that are not, and what the others have to say."""
+        states = {tier.name: state_of(tier) for tier in self.tiers}
+        details = [f"{name}: {state.detail}" for name, state in states.items() if state.detail]
+        return State(any(state.up for state in states.values()), "; ".join(details))
+
+    def states(self) -> dict[str, State]:
+        """How each tier is."""
+        return {tier.name: state_of(tier) for tier in self.tiers}
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         run: list[Held] = []
@@ -49,6 +100,9 @@ class TieredBackend:
             longer, miss = await self._longest_run(keys[len(run) : len(run) + _WINDOW] if run else keys)
             if longer:
                 run, miss = run + longer, None
+        if run and len(run) < len(keys):
+            # Whoever asked will put what is missing, and does not say what it stands on.
+            self.policies.history.follow(keys[len(run) - 1 : len(run) + 1])
         return Match(await self._with_all_levels(keys, run), miss)
 
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
@@ -56,14 +110,15 @@ class TieredBackend:
         found: dict[ChunkKey, Frame | Miss] = {}
         tier_of: dict[ChunkKey, str] = {}
         for depth, tier in enumerate(self.tiers):
-            served = await self._get_more(tier, keys, level, found)
+            served, led = await self._get_more(depth, keys, level, found)
             tier_of |= dict.fromkeys(served, tier.name)
             if depth and self._removals == removals:
-                await self._promote(depth, served)
+                await self._promote(depth, {key: served[key] for key in served if key in led})
         self._count(keys, found, tier_of)
         return [found[key] for key in keys]
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
+        self._note_order(items)
         results: list[list[Stored]] = [[] for _ in items]
         for position, (key, frame) in enumerate(items):
             results[position] += await self._refusal(key, frame, ack)
@@ -71,7 +126,10 @@ class TieredBackend:
         # tier that outlives the others decides which of two frames stays.
         for tier in reversed(self.tiers):
             wanted = [n for n, past in enumerate(results) if not any(s.outcome is Outcome.OTHER for s in past)]
-            stored = await _put_to(tier, [items[n] for n in wanted], ack)
+            if tier.name in self._promoted:
+                await self._drop_others(tier, [items[n] for n in wanted])
+                continue
+            stored = await self._put_to(tier, [items[n] for n in wanted], ack)
             for position, result in zip(wanted, stored, strict=True):
                 results[position].append(result)
         merged = [_merge(past, ack) for past in results]
@@ -80,17 +138,47 @@ class TieredBackend:
         return merged
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
-        self._removals += 1
+        self._remove()
         for tier in self.tiers:
             await tier.trim(keys, level=level)
-        self._removals += 1
+        self._remove()
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
-        self._removals += 1
+        self._remove()
+        self.policies.pins.unpin(keys)
         # In the order of puts, so that a put under way is not left in the upper tiers only.
         for tier in reversed(self.tiers):
             await tier.delete(keys)
-        self._removals += 1
+        self._remove()
+
+    async def purge(self, namespace: bytes) -> int:
+        """Delete every chunk of a namespace that is held when it is called, and say how many there were."""
+        keys = [key async for key, _ in self.scan(namespace)]
+        for start in range(0, len(keys), _PURGE_CHUNKS):
+            await self.delete(keys[start : start + _PURGE_CHUNKS])
+        return len(keys)
+
+    async def pin(self, keys: Sequence[ChunkKey], ttl_s: float) -> list[bool]:
+        """Keep chunks for `ttl_s` seconds, whatever room others need; says of each whether it is held and pinned.
+
+        Raises:
+            BackendFullError: More would be pinned than may be; nothing was.
+        """
+        sizes_bytes = {key: copy_bytes(held.copy) for key in keys if (held := await self._find(key)) is not None}
+        pinned_bytes = {key: self._pinned_bytes[key] for key in self.policies.pins.current()} | sizes_bytes
+        if sum(pinned_bytes.values()) > self._pins_bytes_max or len(pinned_bytes) > PINS_MAX:
+            raise BackendFullError(
+                self.name,
+                f"{sum(pinned_bytes.values())} bytes in {len(pinned_bytes)} chunks would be pinned, more than "
+                f"{self._pins_bytes_max} bytes or {PINS_MAX} chunks",
+            )
+        self._pinned_bytes = pinned_bytes
+        self.policies.pins.pin(sizes_bytes, ttl_s)
+        return [key in sizes_bytes for key in keys]
+
+    async def unpin(self, keys: Sequence[ChunkKey]) -> None:
+        """Let go of chunks before their time."""
+        self.policies.pins.unpin(keys)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         seen: set[ChunkKey] = set()
@@ -101,8 +189,18 @@ class TieredBackend:
                     yield key, held
 
     async def aclose(self) -> None:
+        # All at one time: each may have a queue to write, and they share one deadline.
+        ended = await asyncio.gather(*(tier.aclose() for tier in self.tiers), return_exceptions=True)
+        for error in ended:
+            if error is not None:
+                raise error
+
+    async def _find(self, key: ChunkKey) -> Held | None:
+        """What the fastest tier that has a chunk holds of it."""
         for tier in self.tiers:
-            await tier.aclose()
+            if (match := await _match(tier, [key])).held:
+                return match.held[0]
+        return None
 
     async def _longest_run(self, keys: Sequence[ChunkKey]) -> tuple[list[Held], Miss | None]:
         """The longest run that one tier holds, each chunk as the fastest tier with an unbroken run has it."""
@@ -130,40 +228,119 @@ class TieredBackend:
         return run
 
     async def _get_more(
-        self, tier: Backend, keys: Sequence[ChunkKey], level: int | None, found: dict[ChunkKey, Frame | Miss]
-    ) -> dict[ChunkKey, Frame]:
-        """Ask a tier for what is missing of `found`, add it there, and return what this tier served."""
+        self, depth: int, keys: Sequence[ChunkKey], level: int | None, found: dict[ChunkKey, Frame | Miss]
+    ) -> tuple[dict[ChunkKey, Frame], Collection[ChunkKey]]:
+        """Ask a tier for what is missing of `found` and add it there.
+
+        Returns:
+            What this tier served, and which of that was read for this call.
+        """
+        tier = self.tiers[depth]
         wanted = [key for key in keys if not _satisfies(found.get(key), level)]
-        wanted = [key for key in wanted if not isinstance(found.get(key), Frame) or await _has_more(tier, key, found)]
+        wanted = [
+            key for key in wanted if not isinstance(found.get(key), Frame) or await self._has_more(tier, key, found)
+        ]
         if not wanted:
-            return {}
-        try:
-            answers = await tier.get(wanted, level=level)
-        except KVStoreError as exc:
-            log.warning("reading from %s failed: %s", tier.name, exc)
-            answers = [Miss(Reason.BREAKER)] * len(wanted)
+            return {}, ()
+        answers, led = await self._read(depth, wanted, level)
         served: dict[ChunkKey, Frame] = {}
-        for key, answer in zip(wanted, answers, strict=True):
-            better = _better(found.get(key), answer)
+        for key in wanted:
+            answer = answers[key]
+            better = self._better(tier, found.get(key), answer)
             if better is answer and isinstance(answer, Frame):
                 served[key] = answer
             found[key] = better
-        return served
+        return served, led
+
+    async def _read(
+        self, depth: int, keys: list[ChunkKey], level: int | None
+    ) -> tuple[dict[ChunkKey, Frame | Miss], Collection[ChunkKey]]:
+        """Read a tier; whoever wants the same of a lower tier at the same time shares one read."""
+        try:
+            if depth:
+                return await self._flights[depth].get(keys, level)
+            return dict(zip(keys, await self.tiers[0].get(keys, level=level), strict=True)), keys
+        except KVStoreError as exc:
+            log.warning("reading from %s failed: %s", self.tiers[depth].name, exc)
+            return dict.fromkeys(keys, Miss(Reason.BREAKER)), ()
 
     async def _promote(self, depth: int, served: dict[ChunkKey, Frame]) -> None:
         """Copy what a tier served into the tiers above it, as far as they have room."""
         for tier in self.tiers[:depth] if served else ():
             # What could not be copied up is still served.
             with suppress(BackendUnavailableError):
-                await _put_to(tier, list(served.items()), Ack.MEMORY)
+                await self._put_to(tier, list(served.items()), Ack.MEMORY)
 
     async def _refusal(self, key: ChunkKey, frame: Frame, ack: Ack) -> list[Stored]:
-        """The answer of the first tier that holds another frame under this key, if there is one."""
-        for tier in self.tiers:
+        """The answer of the first tier that holds another frame under this key, if there is one.
+
+        The lowest tier is not asked: it answers first when the frame is put.
+        """
+        for tier in self.tiers[:-1]:
             match = await _match(tier, [key])
-            if match.held and put_outcome(match.held[0], frame) is Outcome.OTHER:
-                return await tier.put([(key, frame)], ack=ack)
+            if match.held and self._outcome(tier, match.held[0], frame) is Outcome.OTHER:
+                return await self._put_to(tier, [(key, frame)], ack)
         return []
+
+    def _outcome(self, tier: Backend, held: Held, frame: Frame) -> Outcome:
+        """What putting a frame does to what a tier holds, in whichever coder that is."""
+        return put_outcome(held, frame if held.frame_id == frame.id else self._recode(frame, tier.name))
+
+    async def _drop_others(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]]) -> None:
+        """Take out of a tier that puts pass by what they replace."""
+        for key, frame in items:
+            match = await _match(tier, [key])
+            if match.held and self._outcome(tier, match.held[0], frame) is Outcome.WRITTEN:
+                await tier.delete([key])
+
+    async def _put_to(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
+        """Put to one tier; its failure is an answer, unless it asks to be tried again later."""
+        if not items:
+            return []
+        try:
+            return await tier.put([(key, self._recode(frame, tier.name)) for key, frame in items], ack=ack)
+        except BackendBusyError:
+            raise
+        except KVStoreError as exc:
+            error = exc if isinstance(exc, BackendError) else BackendError(tier.name, str(exc))
+            return [Stored(Outcome.FAILED, None, error)] * len(items)
+
+    async def _has_more(self, tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
+        """Whether a tier holds more levels of the frame that was found; asked from memory."""
+        frame = found[key]
+        match = await _match(tier, [key])
+        return (
+            isinstance(frame, Frame)
+            and bool(match.held)
+            and match.held[0].frame_id in (self._recode(frame, tier.name).id, None)
+            and len(match.held[0].copy.level_bytes) > frame.levels
+        )
+
+    def _better(self, tier: Backend, before: Frame | Miss | None, after: Frame | Miss) -> Frame | Miss:
+        """The more useful of two answers, the second a tier's; levels of different frames are never joined."""
+        if before is None:
+            return after
+        if isinstance(before, Frame):
+            longer = (
+                isinstance(after, Frame)
+                and after.levels > before.levels
+                and after.id == self._recode(before, tier.name).id
+            )
+            return after if longer else before
+        return after if isinstance(after, Frame) else _telling([after, before])
+
+    def _note_order(self, items: Sequence[tuple[ChunkKey, Frame]]) -> None:
+        """Remember which chunks of a put follow each other in their prompt."""
+        for (before, first), (key, second) in pairwise(items):
+            end = first.head.header.first_position + first.head.header.tokens
+            same = before[:NAMESPACE_BYTES] == key[:NAMESPACE_BYTES]
+            if same and first.head.header.tokens and end == second.head.header.first_position:
+                self.policies.history.follow([before, key])
+
+    def _remove(self) -> None:
+        self._removals += 1
+        for flights in self._flights:
+            flights.forget()
 
     def _count(
         self, keys: Sequence[ChunkKey], found: dict[ChunkKey, Frame | Miss], tier_of: dict[ChunkKey, str]
@@ -197,41 +374,8 @@ async def _overlay(tier: Backend, keys: Sequence[ChunkKey], run: list[Held], sta
         start += len(match.held) + 1
 
 
-async def _put_to(tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
-    """Put to one tier; its failure is an answer, unless it asks to be tried again later."""
-    try:
-        return await tier.put(items, ack=ack) if items else []
-    except BackendUnavailableError:
-        raise
-    except KVStoreError as exc:
-        error = exc if isinstance(exc, BackendError) else BackendError(tier.name, str(exc))
-        return [Stored(Outcome.FAILED, None, error)] * len(items)
-
-
-async def _has_more(tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
-    """Whether a tier holds more levels of the frame that was found; asked from memory."""
-    frame = found[key]
-    match = await _match(tier, [key])
-    return (
-        isinstance(frame, Frame)
-        and bool(match.held)
-        and match.held[0].frame_id in (frame.id, None)
-        and len(match.held[0].copy.level_bytes) > frame.levels
-    )
-
-
 def _satisfies(answer: Frame | Miss | None, level: int | None) -> bool:
     return isinstance(answer, Frame) and (answer.whole or (level is not None and answer.levels > level))
-
-
-def _better(before: Frame | Miss | None, after: Frame | Miss) -> Frame | Miss:
-    """The more useful of two answers; levels of different frames are never joined."""
-    if before is None:
-        return after
-    if isinstance(before, Frame):
-        longer = isinstance(after, Frame) and after.id == before.id and after.levels > before.levels
-        return after if longer else before
-    return after if isinstance(after, Frame) else _telling([after, before])
 
 
 def _telling(misses: Iterable[Miss]) -> Miss:

@@ -1,22 +1,27 @@
 """A backend in front of a slow one: puts that need not wait are queued in memory and written in batches.
 
-The queue is bounded; when it is full a put is refused with `BackendUnavailableError`, so memory never grows without
-limit. What is queued is visible like everything else, and `aclose` writes it out.
+The queue is bounded; when it is full a put is refused with `BackendBusyError`, so memory never grows without limit.
+While the slow backend is down the queue waits for it, and once it is full puts go past it, so that an outage below does
+not stop what is above. What is queued is visible like everything else, and `aclose` writes it out within a deadline.
 """
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
-from kvstore.backend import Ack, Backend, Held, Match, Miss, Outcome, Stored, put_outcome
+from kvstore.backend import Ack, Backend, Held, Match, Miss, Outcome, State, Stored, put_outcome, state_of
 from kvstore.backends.index import held_from
-from kvstore.errors import BackendUnavailableError
+from kvstore.errors import BackendBusyError, BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
 
 _BATCH_BYTES = 64 << 20
+_PAUSE_S = 0.1
+_PAUSE_MAX_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,8 @@ class WriteBehind:
         inner_ack: Durability of a put that `inner` has answered.
         queue_bytes_max: Bytes that may wait, at most what `inner` can hold; a larger batch is written before it is
             answered.
+        batch_bytes: Bytes that are written at one time; a delete waits for them.
+        flush_timeout_s: Time that `aclose` gives what is queued.
         metrics: Where to count; its own by default.
     """
 
@@ -38,20 +45,29 @@ class WriteBehind:
         *,
         inner_ack: Ack = Ack.DISK,
         queue_bytes_max: int = 512 << 20,
+        batch_bytes: int = _BATCH_BYTES,
+        flush_timeout_s: float = 30.0,
         metrics: Metrics | None = None,
     ) -> None:
         self.name = inner.name
         self._inner = inner
         self._inner_ack = inner_ack
         self._queue_bytes_max = queue_bytes_max
+        self._batch_bytes = batch_bytes
+        self._flush_timeout_s = flush_timeout_s
         self._metrics = metrics or Metrics()
         self._queued: dict[ChunkKey, Frame] = {}
         self._queued_bytes = 0
         self._passing: Counter[ChunkKey] = Counter()
         self._wake = asyncio.Event()
         self._inner_busy = asyncio.Lock()
-        self._closing = False
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """How the inner backend is."""
+        return state_of(self._inner)
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         match = await self._inner.match(keys)
@@ -77,7 +93,7 @@ class WriteBehind:
         return [found[key] for key in keys]
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
-        if self._closing:
+        if self._closing.is_set():
             raise BackendUnavailableError(self.name, "is closing")
         if ack >= self._inner_ack:
             return await self._put_through(items, ack)
@@ -88,7 +104,9 @@ class WriteBehind:
             # Another put of the same chunk is on its way to the inner backend: it decides first.
             async with self._inner_busy:
                 pass
-        self._reserve(sum([frame.memory_bytes for key, frame in items if await self._is_news(key, frame)]))
+        news = [(key, frame) for key, frame in items if await self._is_news(key, frame)]
+        if self._queued_bytes + sum(frame.memory_bytes for _, frame in news) > self._queue_bytes_max:
+            return self._refuse(items)
         return [await self._accept(key, frame) for key, frame in items]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
@@ -115,18 +133,26 @@ class WriteBehind:
                 yield key, held
 
     async def flush(self) -> None:
-        """Write out everything that is queued now."""
+        """Write out everything that is queued now, however long the inner backend is down meanwhile."""
         while self._queued:
-            await self._write_batch()
+            pause_s = await self._write_batch()
+            await asyncio.sleep(pause_s)
 
     async def aclose(self) -> None:
-        if self._closing:
+        if self._closing.is_set():
             return
-        self._closing = True
+        self._closing.set()
+        self._wake.set()
+        waiting, started_s = len(self._queued), time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._flush_timeout_s):
+                if self._task is not None:
+                    await asyncio.shield(self._task)
+                await self.flush()
         if self._task is not None:
-            self._wake.set()
-            await self._task
-        await self.flush()
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._report(waiting, time.monotonic() - started_s)
         await self._inner.aclose()
 
     async def _put_through(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
@@ -183,11 +209,19 @@ class WriteBehind:
     def _held(self, frame: Frame) -> Held:
         return held_from(self.name, frame)
 
-    def _reserve(self, size_bytes: int) -> None:
-        if self._queued_bytes + size_bytes > self._queue_bytes_max:
-            raise BackendUnavailableError(
-                self.name, f"{self._queued_bytes} bytes wait to be written; try again", retry_after_s=1.0
-            )
+    def _refuse(self, items: Sequence[tuple[ChunkKey, Frame]]) -> list[Stored]:
+        """The answer to puts for which the queue has no room.
+
+        Raises:
+            BackendBusyError: Room will come as the queue is written.
+        """
+        waiting = f"{self._queued_bytes} bytes wait to be written"
+        state = self.state
+        if state.up:
+            raise BackendBusyError(self.name, f"{waiting}; try again", retry_after_s=1.0)
+        self._metrics.write_skips.labels(self.name).inc(len(items))
+        error = BackendUnavailableError(self.name, f"{waiting}, and it is down: {state.detail}")
+        return [Stored(Outcome.FAILED, None, error)] * len(items)
 
     def _enqueue(self, key: ChunkKey, frame: Frame) -> None:
         self._dequeue(key)
@@ -204,32 +238,66 @@ class WriteBehind:
             self._gauge()
 
     async def _work(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             await self._wake.wait()
             self._wake.clear()
-            await self.flush()
+            while self._queued and not self._closing.is_set():
+                pause_s = await self._write_batch()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), pause_s) if pause_s else None
 
-    async def _write_batch(self) -> None:
-        """Write the oldest queued frames, one transaction's worth; those that cannot be stored are given up."""
+    async def _write_batch(self) -> float:
+        """Write the oldest queued frames; those that cannot be stored are given up.
+
+        Returns:
+            Seconds to wait before the next batch: the inner backend is down, and what is queued stays.
+        """
         async with self._inner_busy:
             batch = self._oldest()
+            errors: list[Exception | None]
             try:
                 stored = await self._inner.put(batch, ack=self._inner_ack) if batch else []
-                failed: list[Exception | None] = [result.error for result in stored if result.outcome is Outcome.FAILED]
+                errors = [result.error if result.outcome is Outcome.FAILED else None for result in stored]
             except Exception as exc:  # Whatever it is, the frames behind these must still be written.
-                failed = [exc] * len(batch)
-            for key, frame in batch:
+                errors = [exc] * len(batch)
+            pause_s = 0.0
+            failed: list[Exception] = []
+            for (key, frame), error in zip(batch, errors, strict=True):
+                if isinstance(error, BackendUnavailableError):
+                    pause_s = max(pause_s, error.retry_after_s, _PAUSE_S)
+                    if self._queued.get(key) is frame:
+                        # Behind the others, in case it is this frame that the backend cannot take.
+                        self._queued[key] = self._queued.pop(key)
+                    continue
                 if self._queued.get(key) is frame:
                     self._dequeue(key)
+                if error is not None:
+                    failed.append(error)
         if failed:
             self._metrics.write_failures.labels(self.name).inc(len(failed))
             log.warning("%d of %d chunks were not written to %s: %s", len(failed), len(batch), self.name, failed[0])
+        return min(pause_s, _PAUSE_MAX_S)
+
+    def _report(self, waiting: int, took_s: float) -> None:
+        """Say what a shutdown wrote, and what it did not."""
+        if self._queued:
+            log.warning(
+                "%d of %d chunks that waited for %s, %d bytes, are not known to be written after %.1f s: %s",
+                len(self._queued),
+                waiting,
+                self.name,
+                sum(frame.size_bytes for frame in self._queued.values()),
+                took_s,
+                self.state.detail or "it was too slow",
+            )
+        elif waiting:
+            log.info("the %d chunks that waited for %s are written, in %.1f s", waiting, self.name, took_s)
 
     def _oldest(self) -> list[tuple[ChunkKey, Frame]]:
         batch: list[tuple[ChunkKey, Frame]] = []
         batch_bytes = 0
         for key, frame in self._queued.items():
-            if batch and batch_bytes + frame.size_bytes > _BATCH_BYTES:
+            if batch and batch_bytes + frame.size_bytes > self._batch_bytes:
                 break
             batch.append((key, frame))
             batch_bytes += frame.size_bytes

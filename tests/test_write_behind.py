@@ -1,0 +1,214 @@
+"""Writing behind the answer: the queue's bounds and order, outages below, and what a shutdown flushes."""
+
+import asyncio
+import logging
+
+import pytest
+
+from kvstore.backend import Ack, Miss, Outcome, Reason
+from kvstore.backends.host import HostBackend
+from kvstore.errors import BackendBusyError, BackendFullError, BackendUnavailableError
+from kvstore.frame import Frame
+from kvstore.metrics import Metrics
+from kvstore.testing import FaultyBackend, make_frame, make_key
+from kvstore.tiers import TieredBackend, WriteBehind
+
+KEYS = [make_key(number) for number in range(6)]
+FRAMES = [make_frame(key) for key in KEYS]
+ITEMS = list(zip(KEYS, FRAMES, strict=True))
+DOWN = BackendUnavailableError("lower", "out of order on purpose", retry_after_s=0.0)
+
+
+async def test_a_full_queue_refuses_and_recovers() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow, queue_bytes_max=3 * FRAMES[0].memory_bytes)
+    for item in ITEMS[:3]:
+        await queue.put([item])
+    with pytest.raises(BackendBusyError, match="try again"):
+        await queue.put(ITEMS[3:4])
+    assert len((await queue.match(KEYS)).held) == 3
+    assert all(isinstance(frame, Frame) for frame in await queue.get(KEYS[:3]))
+    slow.gate.set()
+    await queue.flush()
+    assert [stored.outcome for stored in await queue.put(ITEMS[3:4])] == [Outcome.WRITTEN]
+    await queue.aclose()
+
+
+async def test_a_batch_larger_than_the_queue_is_written_at_once() -> None:
+    inner = HostBackend(1 << 20)
+    queue = WriteBehind(inner, queue_bytes_max=FRAMES[0].memory_bytes)
+    assert {stored.outcome for stored in await queue.put(ITEMS)} == {Outcome.WRITTEN}
+    assert len((await inner.match(KEYS)).held) == len(KEYS)
+    await queue.aclose()
+
+
+async def test_a_delete_catches_what_is_queued_or_being_written() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    await queue.put(ITEMS)
+    while "put" not in slow.calls:
+        await asyncio.sleep(0)
+    deleting = asyncio.create_task(queue.delete(KEYS))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    await deleting
+    await queue.flush()
+    assert await queue.get(KEYS) == [Miss(Reason.ABSENT)] * len(KEYS)
+    await queue.aclose()
+
+
+async def test_what_cannot_be_written_behind_is_counted_and_the_queue_goes_on() -> None:
+    metrics = Metrics()
+    broken = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(broken, metrics=metrics)
+    broken.error = BackendFullError("host", "full on purpose")
+    await queue.put(ITEMS[:2])
+    await queue.flush()
+    broken.error = None
+    await queue.put(ITEMS[2:])
+    await queue.flush()
+    failures = metrics.registry.get_sample_value("kvstore_write_behind_failures_total", {"tier": "host"})
+    assert failures == 2
+    assert [isinstance(frame, Frame) for frame in await queue.get(KEYS)] == [False, False, True, True, True, True]
+    await queue.aclose()
+
+
+async def test_trimming_reaches_what_is_queued() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(slow)
+    await queue.put(ITEMS)
+    await queue.trim(KEYS, level=0)
+    await queue.flush()
+    assert [frame.levels for frame in await queue.get(KEYS) if isinstance(frame, Frame)] == [1] * 6
+    await queue.aclose()
+
+
+async def test_a_put_that_waits_for_the_disk_does_not_overtake_what_is_queued() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    first, other = make_frame(KEYS[0], seed=1), make_frame(KEYS[0], seed=2)
+    assert (await queue.put([(KEYS[0], first)]))[0].outcome is Outcome.WRITTEN
+    second = asyncio.create_task(queue.put([(KEYS[0], other)], ack=Ack.DISK))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    assert (await second)[0].outcome is Outcome.OTHER
+    await queue.flush()
+    [found] = await queue.get(KEYS[:1])
+    assert isinstance(found, Frame)
+    assert found.id == first.id
+    await queue.aclose()
+
+
+async def test_a_longer_queued_frame_is_what_a_waiting_put_of_a_shorter_one_writes() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    await queue.put(ITEMS[:1])
+    shorter = asyncio.create_task(queue.put([(KEYS[0], FRAMES[0].truncated(0))], ack=Ack.DISK))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    assert (await shorter)[0] == (Outcome.EXISTS, Ack.MEMORY, None)
+    await queue.flush()
+    [found] = await slow.get(KEYS[:1])
+    assert isinstance(found, Frame)
+    assert found.levels == 3
+    await queue.aclose()
+
+
+async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
+    broken = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(broken)
+    broken.error = RuntimeError("no error that anybody expects")  # type: ignore[assignment]
+    await queue.put(ITEMS[:1])
+    await asyncio.sleep(0.01)
+    broken.error = None
+    await queue.put(ITEMS[1:2])
+    await queue.flush()
+    assert isinstance((await queue.get(KEYS[1:2]))[0], Frame)
+    await queue.aclose()
+
+
+async def test_what_is_queued_waits_for_a_backend_that_is_down() -> None:
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, inner_ack=Ack.REMOTE)
+    lower.error = DOWN
+    assert {stored.outcome for stored in await queue.put(ITEMS)} == {Outcome.WRITTEN}
+    while lower.calls.count("put") < 3:
+        await asyncio.sleep(0.01)
+    assert not queue.state.up
+    assert [frame.id for frame in await queue.get(KEYS) if isinstance(frame, Frame)] == [frame.id for frame in FRAMES]
+    lower.error = None
+    await queue.flush()
+    assert len((await lower.match(KEYS)).held) == len(KEYS)
+    await queue.aclose()
+
+
+async def test_an_outage_below_does_not_refuse_what_is_above() -> None:
+    metrics = Metrics()
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, inner_ack=Ack.REMOTE, queue_bytes_max=2 * FRAMES[0].memory_bytes, metrics=metrics)
+    upper = HostBackend(1 << 20)
+    stack = TieredBackend([upper, queue])
+    lower.error = DOWN
+    for item in ITEMS:
+        [stored] = await stack.put([item])
+        assert (stored.outcome, stored.ack, stored.error) == (Outcome.WRITTEN, Ack.MEMORY, None)
+    assert len((await upper.match(KEYS)).held) == len(KEYS)
+    skipped = metrics.registry.get_sample_value("kvstore_write_behind_skips_total", {"tier": "lower"})
+    assert skipped == len(KEYS) - 2
+    [remote] = await stack.put([(make_key(9), make_frame(make_key(9)))], ack=Ack.REMOTE)
+    assert (remote.outcome, remote.ack) == (Outcome.WRITTEN, Ack.MEMORY)
+    assert isinstance(remote.error, BackendUnavailableError)
+    lower.error = None
+    await stack.aclose()
+
+
+async def test_closing_gives_up_at_its_deadline_and_says_what_is_not_written(caplog: pytest.LogCaptureFixture) -> None:
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, flush_timeout_s=0.05)
+    await queue.put(ITEMS[:1])
+    await queue.flush()
+    lower.error = DOWN
+    await queue.put(ITEMS[1:])
+    with caplog.at_level(logging.INFO):
+        await queue.aclose()
+    size_bytes = sum(frame.size_bytes for frame in FRAMES[1:])
+    assert f"5 of 5 chunks that waited for lower, {size_bytes} bytes, are not known to be written" in caplog.text
+    assert "out of order on purpose" in caplog.text
+
+
+async def test_closing_does_not_wait_for_ever_for_a_write_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, flush_timeout_s=0.05)
+    lower.gate.clear()
+    await queue.put(ITEMS)
+    with caplog.at_level(logging.INFO):
+        await queue.aclose()
+    assert "6 of 6 chunks that waited for lower" in caplog.text
+
+
+async def test_closing_says_what_it_wrote(caplog: pytest.LogCaptureFixture) -> None:
+    inner = HostBackend(1 << 20, name="lower")
+    queue = WriteBehind(inner)
+    await queue.put(ITEMS)
+    with caplog.at_level(logging.INFO):
+        await queue.aclose()
+    assert "the 6 chunks that waited for lower are written" in caplog.text
+
+
+async def test_one_frame_that_a_backend_cannot_take_does_not_hold_up_the_others() -> None:
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, batch_bytes=1)
+    lower.gate.clear()
+    await queue.put(ITEMS)
+    lower.error = DOWN
+    lower.gate.set()
+    while lower.calls.count("put") < 2:
+        await asyncio.sleep(0.01)
+    lower.error = None
+    await queue.flush()
+    assert len((await lower.match(KEYS)).held) == len(KEYS)
+    await queue.aclose()
