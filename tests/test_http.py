@@ -468,7 +468,7 @@ async def test_answers_do_not_tell_what_the_server_is_built_from(start: Start) -
 
 async def test_pinned_chunks_survive_pressure(start: Start) -> None:
     server = await start(disk_bytes=0, memory_bytes=1 << 20)
-    keys = [make_key(number) for number in range(40)]
+    keys = [make_key(number, namespace=KEY[:16]) for number in range(40)]
     for key in keys[:2]:
         await server.put(make_frame(key, (50_000,)))
     query = {"namespace": NAMESPACE, "ttl_s": "600"}
@@ -484,9 +484,10 @@ async def test_pinned_chunks_survive_pressure(start: Start) -> None:
 
 async def test_a_purge_takes_one_namespace(server: Server) -> None:
     other = make_key(0, namespace=b"\xee" * 16)
-    for key in [*(make_key(number) for number in range(5)), other]:
+    keys = [make_key(number, namespace=KEY[:16]) for number in range(5)]
+    for key in [*keys, other]:
         await server.put(make_frame(key), "disk")
     answer = await server.ask("DELETE", f"/v1/kv/{NAMESPACE}")
     assert (answer.status, answer.json) == (200, {"deleted": 5})
-    assert not await server.holds(make_key(0))
+    assert not await server.holds(keys[0])
     assert await server.holds(other)
