@@ -36,6 +36,13 @@ class Metrics:
             "kvstore_write_behind_skips", "Chunks put past a tier that was down and whose queue was full.", ("tier",)
         )
         self.scrubbed_bytes = self._counter("kvstore_scrubbed_bytes", "Bytes that the scrubber verified.", ("tier",))
+        self.s3_requests = self._counter(
+            "kvstore_s3_requests", "Requests to S3, by what came of them.", ("operation", "outcome")
+        )
+        self.breaker_opened = self._counter(
+            "kvstore_breaker_opened", "Times that a tier was left alone after failures.", ("tier",)
+        )
+        self.tier_up = self._gauge("kvstore_tier_up", "Whether a tier serves.", ("tier",))
         self.chunks = self._gauge("kvstore_tier_chunks", "Chunks held.", ("tier",))
         self.used_bytes = self._gauge("kvstore_tier_bytes", "Bytes held.", ("tier",))
         self.budget_bytes = self._gauge("kvstore_tier_budget_bytes", "Bytes that may be held.", ("tier",))

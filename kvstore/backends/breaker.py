@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False)
 class Permit:
-    """Leave to make one call, to be given back by exactly one of `succeeded`, `failed` and `unused`.
+    """Leave to make one call, to be given back by `succeeded`, `failed` or `unused`; only the first counts.
 
     Args:
         probe: Whether this call decides if an open breaker closes.
@@ -53,7 +53,7 @@ class Breaker:
         self._failures = 0
         self._cooldown_s = cooldown_s
         self._open_until_s: float | None = None
-        self._probing = False
+        self._probe: Permit | None = None
 
     @property
     def closed(self) -> bool:
@@ -69,39 +69,36 @@ class Breaker:
         """Leave to make a call, or None while the breaker is open or its probe is under way."""
         if self.closed:
             return Permit(False, self.opened)
-        if self._probing or self.retry_after_s > 0:
+        if self._probe is not None or self.retry_after_s > 0:
             return None
-        self._probing = True
-        return Permit(True, self.opened)
+        self._probe = Permit(True, self.opened)
+        return self._probe
 
     def succeeded(self, permit: Permit) -> None:
         """The service answered."""
-        if permit.probe:
-            self._probing = False
+        if permit is self._probe:
+            self._probe = None
             self._open_until_s = None
             self.reason = ""
-        elif permit.opened == self.opened and self.closed:
+            self._failures = 0
+        elif self._counts(permit):
             # A probe may be a cheap call that says little, so only a usual one ends the doubling.
             self._cooldown_s = self._first_cooldown_s
-        else:
-            return
-        self._failures = 0
+            self._failures = 0
 
     def failed(self, permit: Permit, reason: str) -> None:
         """The service did not do what it should."""
-        if permit.probe:
-            self._probing = False
+        if permit is self._probe:
             self._open(reason)
-        elif permit.opened == self.opened and self.closed:
-            # Calls from before the breaker opened last say nothing about the service as it is now.
+        elif self._counts(permit):
             self._failures += 1
             if self._failures >= self._failures_max:
                 self._open(reason)
 
     def unused(self, permit: Permit) -> None:
         """The call ended without telling anything about the service."""
-        if permit.probe:
-            self._probing = False
+        if permit is self._probe:
+            self._probe = None
 
     def trip(self, reason: str) -> None:
         """Open it at once."""
@@ -111,5 +108,10 @@ class Breaker:
         self.opened += 1
         self.reason = reason
         self._failures = 0
+        self._probe = None
         self._open_until_s = self._clock() + self._cooldown_s
         self._cooldown_s = min(2 * self._cooldown_s, self._cooldown_max_s)
+
+    def _counts(self, permit: Permit) -> bool:
+        """Whether it is a usual call's; those from before the breaker opened say nothing of the service as it is."""
+        return self.closed and not permit.probe and permit.opened == self.opened
