@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="store, fetch and reuse a real model's KV cache"))
     _add_calibrate(commands.add_parser("calibrate", help="measure a model on text, for the pipelines that need it"))
     _add_inspect(commands.add_parser("inspect", help="show and verify a frame or a calibration artefact"))
+    _add_fsck(commands.add_parser("fsck", help="verify the disk tier of a server that does not run, and mend it"))
     return parser
 
 
@@ -99,6 +100,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", action="store_true", help="list the segments of a frame too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_inspect)
+
+
+def _add_fsck(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data directory of the server (kvstore-data)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the settings of the server")
+    parser.add_argument("--dry-run", action="store_true", help="change nothing; exit status 1 where damage was found")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_fsck)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -183,6 +192,20 @@ def _inspect(args: argparse.Namespace) -> int:
 
     Console().print(*tables(report))
     return 0
+
+
+def _fsck(args: argparse.Namespace) -> int:
+    from kvstore.fsck import exit_status, run_fsck, tables
+
+    config = load_config({"data_dir": args.data_dir}, os.environ, args.config)
+    report = run_fsck(config.data_dir, dry_run=args.dry_run)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        from rich.console import Console
+
+        Console().print(*tables(report))
+    return exit_status(report)
 
 
 def _size(text: str) -> int:

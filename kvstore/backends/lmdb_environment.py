@@ -44,6 +44,7 @@ class Environment:
     def __init__(self, directory: Path, map_bytes: int, name: str, *, readonly: bool = False) -> None:
         self.directory = directory
         self._name = name
+        self._readonly = readonly
         self._lock_fd = _lock(directory)
         try:
             self._env = lmdb.open(
@@ -62,15 +63,34 @@ class Environment:
             self.close()
             raise
 
+    def check_format(self, *known: bytes) -> None:
+        """Refuse an environment of a format that the caller does not know; a new one has none.
+
+        Raises:
+            ConfigError: It has another format.
+        """
+        if self.format is None or self.format in known:
+            return
+        if self.format in OLD_FORMATS:
+            raise ConfigError(
+                f"{self.directory} has an older format, {self.format!r}: "
+                f"bring it up to date by 'kvstore fsck --data-dir {self.directory.parent}'"
+            )
+        raise ConfigError(
+            f"{self.directory} has the format {self.format!r}, this build knows {FORMAT!r}: "
+            "use another data directory or the version that wrote it"
+        )
+
     def open_databases(self) -> None:
         """Open the databases, and create those that are missing; sets `meta`, `index`, `heads` and `levels`.
 
         Raises:
-            ConfigError: They cannot be opened.
+            ConfigError: They cannot be opened; one is missing and nothing may be written.
         """
         try:
             self.meta, self.index, self.heads, self.levels = (
-                self._env.open_db(database) for database in (b"meta", b"index", b"heads", b"levels")
+                self._env.open_db(database, create=not self._readonly)
+                for database in (b"meta", b"index", b"heads", b"levels")
             )
         except lmdb.Error as exc:
             raise self._unusable(exc) from exc
@@ -146,7 +166,7 @@ def _lock(directory: Path) -> int:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         os.close(lock_fd)
-        raise ConfigError(f"the data directory {directory} is in use by another server") from exc
+        raise ConfigError(f"the data directory {directory} is in use by another process") from exc
     return lock_fd
 
 

@@ -11,11 +11,12 @@ reader takes parts of any length until the level is complete, which is how one t
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.backend import Copy, Held
 from kvstore.backends.index import shared_copy
 from kvstore.backends.policies import Origin
+from kvstore.buffers import allocate
 from kvstore.frame import HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX
 from kvstore.header import LEVELS_MAX
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, split_key
@@ -26,14 +27,42 @@ PART_BYTES = (1 << 20) - PAGE_HEADER_BYTES
 """Payload bytes of a part: with the header of its first page it fills whole pages."""
 
 _RECORD = struct.Struct("<16sBBBxIIQ32s")
+_OLD_RECORD = struct.Struct("<16sBBBxI")
 _NO_PARENT = bytes(DIGEST_BYTES)
 _LEVEL_SIZE = struct.Struct("<Q")
 
 
-def level_key(key: ChunkKey, level: int, part: int = 0) -> bytes:
-    """Key of a part of a level; the parts of a level follow one another, and so do the levels of a chunk."""
-    first = key + bytes([level])
-    return first + part.to_bytes(3, "big") if part else first
+def level_suffix(level: int, part: int = 0) -> bytes:
+    """What follows a chunk's key in the key of a part; the parts of a level follow one another."""
+    return bytes([level]) + (part.to_bytes(3, "big") if part else b"")
+
+
+def find_level(find: Callable[[bytes], memoryview | None], level: int, size_bytes: int) -> list[memoryview] | None:
+    """The parts of a level of so many bytes; None where they are not there, or not of that length together.
+
+    Args:
+        find: Finds a part by what follows the chunk's key.
+        level: Number of the level.
+        size_bytes: Bytes that its parts have together.
+    """
+    found: list[memoryview] = []
+    while size_bytes > 0 or not found:
+        part = find(level_suffix(level, len(found)))
+        if part is None or (found and not part):
+            return None
+        found.append(part)
+        size_bytes -= len(part)
+    return None if size_bytes else found
+
+
+def joined(found: Sequence[memoryview]) -> memoryview:
+    """A copy of a level's parts in one buffer."""
+    level = allocate(sum(len(part) for part in found))
+    start = 0
+    for part in found:
+        level[start : start + len(part)] = part
+        start += len(part)
+    return level
 
 
 def parts(view: memoryview) -> Iterator[memoryview]:
@@ -85,6 +114,11 @@ def unpack_record(tier: str, key: ChunkKey, record: memoryview) -> tuple[Held, O
     parent_key = None if parent == _NO_PARENT else ChunkKey(key[:NAMESPACE_BYTES] + parent)
     held = Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
     return held, Origin(tokens, first_position, parent_key)
+
+
+def is_old_record(record: memoryview) -> bool:
+    """Whether this is a record of format 1, which said less."""
+    return len(record) >= _OLD_RECORD.size and len(record) == _OLD_RECORD.size + record[16] * _LEVEL_SIZE.size
 
 
 def _pages_bytes(size_bytes: int) -> int:

@@ -6,16 +6,16 @@ pages until the map is full.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvstore.backend import Held, check_copy
 from kvstore.backends.index import Move, held_from
-from kvstore.backends.lmdb_environment import FORMAT, OLD_FORMATS, Environment, Transaction
-from kvstore.backends.lmdb_records import level_key, pack_record, parts, unpack_record
+from kvstore.backends.lmdb_environment import FORMAT, Environment, Transaction
+from kvstore.backends.lmdb_records import find_level, joined, level_suffix, pack_record, parts, unpack_record
 from kvstore.backends.policies import Origin
-from kvstore.buffers import allocate
 from kvstore.errors import ConfigError, FrameError, KVStoreError
 from kvstore.frame import Frame, parse_head
 from kvstore.keys import KEY_BYTES, ChunkKey
@@ -54,7 +54,7 @@ class LmdbStore:
         self._directory = directory
         self._env = Environment(directory, budget_bytes * 5 // 4 + SLACK_BYTES, name)
         try:
-            self._check_format()
+            self._env.check_format(FORMAT)
             self._env.open_databases()
             self._env.set_format(FORMAT)
         except KVStoreError as exc:
@@ -145,50 +145,16 @@ class LmdbStore:
             file.unlink()
         (folder / f"{key.hex()}.damaged").write_bytes(damaged)
 
-    def _check_format(self) -> None:
-        """Refuse an environment of another format before anything is written to it."""
-        if (found := self._env.format) in OLD_FORMATS:
-            raise ConfigError(
-                f"{self._directory} has an older format, {found!r}: "
-                f"bring it up to date by 'kvstore fsck --data-dir {self._directory.parent}'"
-            )
-        if found not in (None, FORMAT):
-            raise ConfigError(
-                f"{self._directory} has the format {found!r}, this build knows {FORMAT!r}: "
-                "use another data directory or the version that wrote it"
-            )
-
     def _copy_out(self, txn: "Transaction[memoryview]", want: Wanted) -> tuple[bytes | None, list[memoryview]]:
         head = txn.get(want.key, db=self._env.heads)
         payload = []
         for level, size_bytes in enumerate(want.held.copy.level_bytes[: want.levels]):
-            if (copied := self._copy_level(txn, want.key, level, size_bytes)) is None:
+            # Nothing is allocated by what a record claims before all of it was found.
+            find = partial(_find, txn, self._env.levels, want.key)
+            if (found := find_level(find, level, size_bytes)) is None:
                 break
-            payload.append(copied)
+            payload.append(joined(found))
         return None if head is None else bytes(head), payload
-
-    def _copy_level(
-        self, txn: "Transaction[memoryview]", key: ChunkKey, level: int, size_bytes: int
-    ) -> memoryview | None:
-        """A level's payload; None where its parts are not as long together."""
-        found: list[memoryview] = []
-        missing_bytes = size_bytes
-        while missing_bytes > 0 or not found:
-            if (part := txn.get(level_key(key, level, len(found)), db=self._env.levels)) is None or (
-                found and not part
-            ):
-                return None
-            found.append(part)
-            missing_bytes -= len(part)
-        if missing_bytes:
-            return None
-        # Nothing is allocated by what a record claims before all of it was found.
-        copied = allocate(size_bytes)
-        start = 0
-        for part in found:
-            copied[start : start + len(part)] = part
-            start += len(part)
-        return copied
 
     def _parts(self, txn: "Transaction[memoryview]", key: ChunkKey) -> Iterator[memoryview]:
         """All parts of a chunk's levels that there are."""
@@ -210,7 +176,7 @@ class LmdbStore:
         txn.put(key, frame.head.raw, db=self._env.heads)
         for level, view in enumerate(frame.payload):
             for number, part in enumerate(parts(view)):
-                txn.put(level_key(key, level, number), part, db=self._env.levels)
+                txn.put(key + level_suffix(level, number), part, db=self._env.levels)
 
     def _delete(self, txn: "Transaction[memoryview]", key: ChunkKey) -> None:
         txn.delete(key, db=self._env.index)
@@ -220,11 +186,16 @@ class LmdbStore:
     def _delete_levels(self, txn: "Transaction[memoryview]", key: ChunkKey, level: int) -> None:
         """Delete a chunk's levels from `level` on."""
         cursor = txn.cursor(self._env.levels)
-        found = cursor.set_range(level_key(key, level))
+        found = cursor.set_range(key + level_suffix(level))
         while found and bytes(cursor.key()[:KEY_BYTES]) == key:
             # Moves on to the next record.
             cursor.delete()
             found = bool(cursor.key())
+
+
+def _find(txn: "Transaction[memoryview]", levels: Any, key: ChunkKey, suffix: bytes) -> memoryview | None:
+    found: memoryview | None = txn.get(key + suffix, db=levels)
+    return found
 
 
 def _verified(want: Wanted, head: bytes | None, payload: list[memoryview]) -> Frame | None:
