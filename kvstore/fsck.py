@@ -155,4 +155,5 @@ def _tier_directory(data_dir: Path) -> Path:
 
 def _progress() -> Progress:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), "left:")
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)

@@ -47,9 +47,8 @@ class Environment:
         self._readonly = readonly
         self._lock_fd = _lock(directory)
         try:
-            self._env = lmdb.open(
-                str(directory), map_size=map_bytes, max_dbs=4, readahead=False, readonly=readonly, create=not readonly
-            )
+            # The kernel reads ahead: nearly all that is read are long runs of pages.
+            self._env = lmdb.open(str(directory), map_size=map_bytes, max_dbs=4, readonly=readonly, create=not readonly)
         except (lmdb.Error, OverflowError) as exc:
             os.close(self._lock_fd)
             raise self._unusable(exc) from exc

@@ -5,9 +5,9 @@
     levels  key, level                   -> first part of the level's payload
             key, level, part (3 bytes)   -> every further part, numbered from 1
 
-A level is cut into parts of `PART_BYTES`, so that the room of any part that is deleted fits any part that comes: a
-value of LMDB lies in one run of pages, and runs of tens of megabytes are hard to find once the file has been full. A
-reader takes parts of any length until the level is complete, which is how one that lies in a single record is read.
+A level is cut into parts of `PART_BYTES`. A value of LMDB lies in one run of pages, and in a file that small chunks once
+filled there are no long runs, however much of it is free; nearly any free room fits a part. A reader takes parts
+of any length until the level is complete, which is how one that lies in a single record is read.
 """
 
 import struct
@@ -23,7 +23,7 @@ from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, split_key
 
 PAGE_BYTES = 4096
 PAGE_HEADER_BYTES = 16
-PART_BYTES = (1 << 20) - PAGE_HEADER_BYTES
+PART_BYTES = (64 << 10) - PAGE_HEADER_BYTES
 """Payload bytes of a part: with the header of its first page it fills whole pages."""
 
 _RECORD = struct.Struct("<16sBBBxIIQ32s")
