@@ -35,11 +35,11 @@ class Reason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What a put did."""
+    """What a put did. A tier without room may keep fewer levels than it was given, as its placement says."""
 
     WRITTEN = "written"
     EXTENDED = "extended"
-    """More levels of the same frame were added to the copy held."""
+    """More levels of the same frame came to the copy held."""
     EXISTS = "exists"
     """The same frame was there already, with at least as many levels."""
     OTHER = "other"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvstore.backends.gpu_slab import Slab
 
 _CHECKERS = 2
+# With a thirty-second of the slab free, twice the bytes that are written are moved; with none, seventy times as many.
+_SPARE_PARTS = 32
 
 T = TypeVar("T")
 
@@ -57,9 +59,8 @@ class _Placed:
 class GpuBackend:
     """Frames on a device. Create it with `open`.
 
-    The budget counts whole units of the slab and, beside them, the heads in host memory as `Frame.memory_bytes` counts
-    them; so a part of the slab about as large as the heads stays free, which is what makes moving extents cheap. The
-    memory on the device never grows beyond the budget.
+    Counted against the budget are whole units of the slab and, beside them, the heads in host memory as
+    `Frame.memory_bytes` counts them. Memory on the device never grows beyond the slab.
 
     Attributes:
         extents: What of the slab is in use.
@@ -68,7 +69,7 @@ class GpuBackend:
 
     def __init__(self, slab: "Slab", index: Index, metrics: Metrics, policies: Policies) -> None:
         self.name = index.tier
-        self.extents = Extents(index.budget_bytes)
+        self.extents = Extents(slab.size_bytes)
         self.state = State(True)
         self._slab = slab
         self._index = index
@@ -93,7 +94,8 @@ class GpuBackend:
         """Allocate the slab.
 
         Args:
-            budget_bytes: Bytes on the device, rounded down to whole units.
+            budget_bytes: Bytes on the device, rounded down to whole units. Frames may take 31 of 32 of them; the rest
+                stays free, because moving frames together in a slab that is full to the last byte costs a lot.
             device: As torch calls it; tests use `cpu`.
             metrics: Where to count; its own by default.
             policies: What the tiers of the stack share; its own by default.
@@ -107,7 +109,7 @@ class GpuBackend:
             raise ConfigError(f"the gpu tier needs a budget of at least {UNIT_BYTES} bytes")
         slab = await asyncio.to_thread(_open_slab, budget_bytes, device)
         policies = policies or Policies()
-        index = Index(name, budget_bytes, measure=_slab_bytes, policies=policies)
+        index = Index(name, budget_bytes - budget_bytes // _SPARE_PARTS, measure=_slab_bytes, policies=policies)
         return cls(slab, index, metrics or Metrics(), policies)
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
@@ -215,7 +217,8 @@ class GpuBackend:
         size_bytes = _host_bytes(frame) + _slab_bytes(coming.copy)
         placed = frame.truncated(self._index.placed(coming, size_bytes) - 1)
         if outcome is Outcome.EXTENDED and placed.levels <= len(held.copy.level_bytes if held else ()):
-            return Stored(Outcome.EXISTS, Ack.MEMORY), None
+            # There is no room for what it would add.
+            return Stored(outcome, Ack.MEMORY), None
         try:
             return Stored(outcome, Ack.MEMORY), self._place(key, placed)
         except BackendError as exc:

@@ -90,7 +90,8 @@ class HostBackend:
         if outcome in (Outcome.WRITTEN, Outcome.EXTENDED):
             placed = frame.truncated(self._index.placed(held_from(self.name, frame), frame.memory_bytes) - 1)
             if outcome is Outcome.EXTENDED and placed.levels <= len(held.copy.level_bytes if held else ()):
-                return Stored(Outcome.EXISTS, Ack.MEMORY)
+                # There is no room for what it would add.
+                return Stored(outcome, Ack.MEMORY)
             frame = placed
         else:
             return Stored(outcome, Ack.MEMORY)

@@ -215,7 +215,6 @@ class LmdbBackend:
                     and put_outcome(self._index.get(key), fresh[key]) is Outcome.EXISTS
                 ):
                     # There is no room for what it would add.
-                    outcomes[key] = Outcome.EXISTS
                     del fresh[key]
         error = await self._write(fresh) if fresh else None
         return [
