@@ -45,6 +45,7 @@ class Environment:
         self.directory = directory
         self._name = name
         self._readonly = readonly
+        self._map_bytes = map_bytes
         self._lock_fd = _lock(directory)
         try:
             # The kernel reads ahead: nearly all that is read are long runs of pages.
@@ -152,7 +153,10 @@ class Environment:
         return found
 
     def _unusable(self, exc: Exception) -> ConfigError:
-        return ConfigError(f"cannot open the disk tier in {self.directory}: {exc}")
+        hint = ""
+        if os.strerror(errno.ENOMEM) in str(exc):
+            hint = f"; there are no {self._map_bytes} bytes of address space for its map: set a smaller --disk"
+        return ConfigError(f"cannot open the disk tier in {self.directory}: {exc}{hint}")
 
 
 def _lock(directory: Path) -> int:

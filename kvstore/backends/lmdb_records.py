@@ -5,8 +5,8 @@
     levels  key, level                   -> first part of the level's payload
             key, level, part (3 bytes)   -> every further part, numbered from 1
 
-A level is cut into parts of `PART_BYTES`. A value of LMDB lies in one run of pages, and in a file that small chunks once
-filled there are no long runs, however much of it is free; nearly any free room fits a part. A reader takes parts
+A level is cut into parts of `PART_BYTES`. A value of LMDB lies in one run of pages, and in a file that small chunks
+once filled there are no long runs, however much of it is free; nearly any free room fits a part. A reader takes parts
 of any length until the level is complete, which is how one that lies in a single record is read.
 """
 

@@ -56,7 +56,9 @@ class LmdbStore:
         try:
             self._env.check_format(FORMAT)
             self._env.open_databases()
-            self._env.set_format(FORMAT)
+            if self._env.format is None:
+                # Nothing else is written at start: a full disk can still be read.
+                self._env.set_format(FORMAT)
         except KVStoreError as exc:
             self.close()
             raise exc if isinstance(exc, ConfigError) else ConfigError(str(exc)) from exc
