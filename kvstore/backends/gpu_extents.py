@@ -63,7 +63,8 @@ class Extents:
         self.size_bytes = size_bytes
         self.free_bytes = 0
         self.moved_bytes = 0
-        self._extents: set[Extent] = set()
+        self._extents: dict[int, Extent] = {}
+        self._held: set[Extent] = set()
         self._hole_bytes: dict[int, int] = {}
         self._hole_at_end: dict[int, int] = {}
         self._by_size: list[tuple[int, int]] = []
@@ -88,7 +89,7 @@ class Extents:
         if hole_bytes > size_bytes:
             self._open(start + size_bytes, hole_bytes - size_bytes)
         extent = Extent(start, size_bytes, size_bytes)
-        self._extents.add(extent)
+        self._extents[start] = extent
         return extent, shifts
 
     def keep(self, extent: Extent, size_bytes: int) -> None:
@@ -100,24 +101,26 @@ class Extents:
     def hold(self, extent: Extent) -> None:
         """Leave an extent where and as it is until `let_go`."""
         extent.holders += 1
+        self._held.add(extent)
 
     def let_go(self, extent: Extent) -> None:
         """Undo one `hold`."""
         extent.holders -= 1
         if not extent.holders:
+            self._held.discard(extent)
             self._settle(extent)
 
     @property
     def stretch_bytes(self) -> int:
         """The longest run of bytes without an extent that is held: what could be made free."""
-        held = sorted((extent.start, extent.size_bytes) for extent in self._extents if extent.holders)
+        held = sorted((extent.start, extent.size_bytes) for extent in self._held)
         starts = [*(start for start, _ in held), self.size_bytes]
         ends = [0, *(start + size_bytes for start, size_bytes in held)]
         return max(start - end for start, end in zip(starts, ends, strict=True))
 
     def validate(self) -> None:
         """Check that extents and holes are the slab and nothing else; tests call it after every step."""
-        parts = [(extent.start, extent.size_bytes, False) for extent in self._extents]
+        parts = [(start, extent.size_bytes, False) for start, extent in self._extents.items()]
         parts += [(start, size_bytes, True) for start, size_bytes in self._hole_bytes.items()]
         at, was_hole = 0, False
         for start, size_bytes, is_hole in sorted(parts):
@@ -130,7 +133,9 @@ class Extents:
         assert self.free_bytes == sum(self._hole_bytes.values())
         assert self._by_size == sorted((size_bytes, start) for start, size_bytes in self._hole_bytes.items())
         assert self._hole_at_end == {start + size_bytes: start for start, size_bytes in self._hole_bytes.items()}
-        for extent in self._extents:
+        assert self._held == {extent for extent in self._extents.values() if extent.holders}
+        for start, extent in self._extents.items():
+            assert extent.start == start
             assert extent.holders or extent.keep_bytes == extent.size_bytes
 
     def _settle(self, extent: Extent) -> None:
@@ -139,7 +144,7 @@ class Extents:
             self._open(extent.start + extent.keep_bytes, extent.size_bytes - extent.keep_bytes)
             extent.size_bytes = extent.keep_bytes
         if not extent.size_bytes:
-            self._extents.discard(extent)
+            del self._extents[extent.start]
 
     def _open(self, start: int, size_bytes: int) -> None:
         """A new hole, one with those it meets."""
@@ -163,7 +168,7 @@ class Extents:
 
     def _cheapest_window(self, size_bytes: int) -> _Window | None:
         """The holes that make enough room together with the fewest bytes between them."""
-        walls = sorted(extent.start for extent in self._extents if extent.holders)
+        walls = sorted(extent.start for extent in self._held)
         holes = sorted(self._hole_bytes.items())
         best: _Window | None = None
         first, room_bytes, wall = 0, 0, 0
@@ -185,10 +190,16 @@ class Extents:
         end = last + self._hole_bytes[last]
         # Copies go in steps of the hole that they move into, so the larger of the outer two comes first.
         downwards = self._hole_bytes[first] >= self._hole_bytes[last]
-        between = sorted((one for one in self._extents if first < one.start < last), key=lambda extent: extent.start)
-        for start in [start for start in self._hole_bytes if first <= start <= last]:
-            self._shut(start)
+        between = []
+        at = first
+        while at < end:
+            if at in self._hole_bytes:
+                at += self._shut(at)
+            else:
+                between.append(self._extents.pop(at))
+                at += between[-1].size_bytes
         shifts = list(_slide(between, first, end, downwards=downwards))
+        self._extents |= {extent.start: extent for extent in between}
         self.moved_bytes += window.moved_bytes
         start = first + window.moved_bytes if downwards else first
         self._open(start, end - first - window.moved_bytes)

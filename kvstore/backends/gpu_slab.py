@@ -30,6 +30,7 @@ class Slab:
     """
 
     def __init__(self, size_bytes: int, device: str) -> None:
+        self.size_bytes = size_bytes
         try:
             self._device = torch.device(device)
             self._bytes = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)

@@ -19,9 +19,17 @@ from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.layout import Layout
+from kvstore.resident import Resident
 
-_HEADER = 4
-_LANE = 6
+HEADER_BYTES = 4
+LANE_BYTES = 6
+"""What stands in front of the words of a stream of lanes; see `lanes.py`."""
+
+Chunk = Frame | Resident
+"""A frame that is to be decoded, in host memory or on the device."""
+
+WORDS_MAX = 1 << 31
+"""Words of a payload up to which their positions are 32-bit integers."""
 
 
 @dataclass(eq=False)
@@ -87,7 +95,7 @@ class Batch:
 
 
 def pipeline_of(
-    frames: Sequence[Frame], layout: Layout, keys: Sequence[ChunkKey], artefacts: Mapping[str, bytes] | None
+    frames: Sequence[Chunk], layout: Layout, keys: Sequence[ChunkKey], artefacts: Mapping[str, bytes] | None
 ) -> Pipeline:
     """The one pipeline of all frames.
 
@@ -100,7 +108,7 @@ def pipeline_of(
         raise PipelineError(f"{len(keys)} keys do not name {len(frames)} frames, one or more")
     first = frames[0].head.header
     for frame, key in zip(frames, keys, strict=True):
-        _check_identity(frame, layout, key)
+        _check_identity(Frame(frame.head, ()), layout, key)
         header = frame.head.header
         if (header.pipeline, header.artefacts, header.groups) != (first.pipeline, first.artefacts, first.groups):
             raise PipelineError("the frames of a batch must be of one pipeline, artefact and layer grouping")
@@ -117,25 +125,51 @@ def collect(frames: Sequence[Frame], recipe: Recipe, *, pinned: bool) -> Batch:
         FrameCorruptError: A frame's planes are not those of its pipeline, or a length in them is wrong.
         PipelineError: The frames hold different numbers of levels.
     """
-    held = frames[0].levels
-    if any(frame.levels != held for frame in frames):
-        raise PipelineError("the frames of a batch hold different numbers of levels; name a level that all hold")
+    held_levels(frames)
     sizes = [sum(len(level) for level in frame.payload) for frame in frames]
     payload = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
     view = memoryview(payload.numpy().data)
-    segments: list[Segment] = []
-    base = 0
-    for chunk, frame in enumerate(frames):
-        at = base
+    bases = []
+    at = 0
+    for frame in frames:
+        bases.append(at)
         for level in frame.payload:
             view[at : at + len(level)] = level
             at += len(level)
+    return batch_around(payload, frames, bases, recipe)
+
+
+def held_levels(frames: Sequence[Chunk]) -> int:
+    """Number of levels that all frames hold.
+
+    Raises:
+        PipelineError: They hold different numbers of levels.
+    """
+    held = frames[0].levels
+    if any(frame.levels != held for frame in frames):
+        raise PipelineError("the frames of a batch hold different numbers of levels; name a level that all hold")
+    return held
+
+
+def batch_around(payload: torch.Tensor, frames: Sequence[Frame], bases: Sequence[int], recipe: Recipe) -> Batch:
+    """A batch whose payload lies in its final place already.
+
+    Args:
+        payload: What kernels read.
+        frames: Frames whose payload the host can read; only what it does read needs to be there.
+        bases: Where the payload of each frame begins in `payload`.
+        recipe: How they are decoded.
+
+    Raises:
+        FrameCorruptError: A frame's planes are not those of its pipeline, or a length in them is wrong.
+    """
+    segments: list[Segment] = []
+    for chunk, (frame, base) in enumerate(zip(frames, bases, strict=True)):
         segments += _segments_of(frame, chunk, base, recipe)
-        base = at
     # All tiles of K first, for a tile is of one plane; chunks of a layer together, for they share its basis.
     segments.sort(key=lambda segment: (segment.name != "k", segment.start))
-    header = frames[0].head.header
-    return Batch(payload, segments, header.groups, held, [frame.head.header.first_position for frame in frames])
+    groups, positions = frames[0].head.header.groups, [frame.head.header.first_position for frame in frames]
+    return Batch(payload, segments, groups, frames[0].levels, positions)
 
 
 def _segments_of(frame: Frame, chunk: int, base: int, recipe: Recipe) -> Iterator[Segment]:
@@ -228,7 +262,11 @@ def coarse_means(batch: Batch, recipe: Recipe) -> tuple[Array, dict[tuple[int, i
 
 @dataclass(eq=False)
 class LaneTable:
-    """State, position and end of every lane of a batch; positions count 16-bit words of the payload."""
+    """State, position and end of every lane of a batch; positions count 16-bit words of the payload.
+
+    They are 64-bit integers where the payload is longer than 4 GiB: that of frames decoded in place reaches from the
+    first of them to the last.
+    """
 
     states: torch.Tensor
     positions: torch.Tensor
@@ -238,20 +276,21 @@ class LaneTable:
     def of(cls, batch: Batch, device: torch.device) -> "LaneTable":
         """As the frames say."""
         states, ends, starts = [], [], []
+        position = np.int32 if len(batch.payload) // 2 < WORDS_MAX else np.int64
         for segment in batch.segments:
             for stream in segment.streams:
                 if stream.lanes is None:
                     continue
                 lengths = stream.lanes.lengths
-                word = (stream.byte + _HEADER + _LANE * len(lengths)) // 2
+                word = (stream.byte + HEADER_BYTES + LANE_BYTES * len(lengths)) // 2
                 end = word + lengths.astype(np.int64).cumsum()
                 states.append(stream.lanes.states.view("<i4"))
                 ends.append(end)
                 starts.append(end - lengths)
         return cls(
             torch.from_numpy(np.concatenate(states)).to(device),
-            torch.from_numpy(np.concatenate(starts).astype(np.int32)).to(device),
-            torch.from_numpy(np.concatenate(ends).astype(np.int32)).to(device),
+            torch.from_numpy(np.concatenate(starts).astype(position)).to(device),
+            torch.from_numpy(np.concatenate(ends).astype(position)).to(device),
         )
 
     def check(self, batch: Batch) -> None:

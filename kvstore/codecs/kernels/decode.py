@@ -3,23 +3,26 @@
 Frames are parsed and checked on the host, as `kvstore.codecs.decode` does it; their payload goes to the device as one
 copy, and kernels do the rest: entropy or packed digits, centroids, inverse transform, weights, means, rotary
 embedding, scatter. Pipelines of Hadamard rotations take one kernel, calibrated bases two. The classes of vectors and
-the steps of tokens (`k.class`, `token.scale`: three in a hundred of the bytes) are read on the host.
+the steps of tokens (`k.class`, `token.scale`: three in a hundred of the bytes) are read on the host. What a tier on the
+device lends (`kvstore.resident`) is decoded where it lies.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from kvstore.codecs.kernels.batch import collect, pipeline_of
+from kvstore.codecs.kernels.batch import Chunk, collect, pipeline_of
 from kvstore.codecs.kernels.decoding import Decoding
 from kvstore.codecs.kernels.fused import step_tile_kernel
 from kvstore.codecs.kernels.launch import require_device
+from kvstore.codecs.kernels.lent import collect_lent
 from kvstore.codecs.kernels.paged import PagedCache
 from kvstore.codecs.kernels.recipe import Recipe
 from kvstore.errors import PipelineError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.layout import Layout
+from kvstore.resident import Resident
 
 PAYLOAD_BYTES_MAX = 1 << 31
 """Bytes of a batch: positions of words are 32-bit integers."""
@@ -28,7 +31,7 @@ CHUNK_BYTES_MAX = 1 << 31
 
 
 def decode_into_pages(
-    frames: Sequence[Frame],
+    frames: Sequence[Chunk],
     layout: Layout,
     artefacts: Mapping[str, bytes] | None,
     cache: PagedCache,
@@ -44,6 +47,7 @@ def decode_into_pages(
 
     Args:
         frames: Verified frames, all of one pipeline; small batches decode less than their share of a large one.
+            Those on the device must lie in one storage and stay there until this returns and the device is done.
         layout: The caller's layout.
         artefacts: Calibration artefacts by digest.
         cache: Where to write, on the device that shall decode.
@@ -74,11 +78,12 @@ def decode_into_pages(
         start = end
 
 
-def _batch_ends(frames: Sequence[Frame], chunks_max: int) -> list[int]:
-    """Where to cut, so that no batch is too large; a frame alone is never."""
+def _batch_ends(frames: Sequence[Chunk], chunks_max: int) -> list[int]:
+    """Where to cut, so that no batch is too large, a frame alone is never, and none is of two kinds."""
     ends, start, total = [], 0, 0
     for number, frame in enumerate(frames):
-        if number > start and (total + frame.size_bytes > PAYLOAD_BYTES_MAX or number - start >= chunks_max):
+        too_large = total + frame.size_bytes > PAYLOAD_BYTES_MAX or number - start >= chunks_max
+        if number > start and (too_large or type(frame) is not type(frames[start])):
             ends.append(number)
             start, total = number, 0
         total += frame.size_bytes
@@ -86,7 +91,7 @@ def _batch_ends(frames: Sequence[Frame], chunks_max: int) -> list[int]:
 
 
 def prepare(
-    frames: Sequence[Frame],
+    frames: Sequence[Chunk],
     recipe: Recipe,
     cache: PagedCache,
     slots: torch.Tensor,
@@ -98,11 +103,16 @@ def prepare(
         FrameCorruptError: A length in a frame is wrong.
         PipelineError: The frames hold different levels, or a basis or token ids are missing.
     """
-    batch = collect(frames, recipe, pinned=cache.device.type == "cuda")
+    lent = [frame for frame in frames if isinstance(frame, Resident)]
+    here = [frame for frame in frames if isinstance(frame, Frame)]
+    if lent and here:
+        raise PipelineError("the frames of a batch lie either all in host memory or all on the device")
+    device = cache.device
+    batch = collect_lent(lent, recipe, device) if lent else collect(here, recipe, pinned=device.type == "cuda")
     return Decoding(batch, recipe, cache, slots, token_ids)
 
 
-def check_supported(frames: Sequence[Frame], layout: Layout, artefacts: Mapping[str, bytes] | None) -> bool:
+def check_supported(frames: Sequence[Chunk], layout: Layout, artefacts: Mapping[str, bytes] | None) -> bool:
     """Whether kernels decode these frames, so that a caller can choose before it has a cache."""
     try:
         Recipe.of(pipeline_of(frames, layout, [frame.key for frame in frames], artefacts), layout)
