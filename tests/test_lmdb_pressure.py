@@ -26,10 +26,10 @@ from kvstore.testing import make_frame, make_key
 from tests.lmdb_workload import Workload, workload_frame, workload_key, workload_number
 
 OPERATIONS = int(os.environ.get("LMDB_PRESSURE_OPERATIONS", "200"))
-BUDGET_BYTES = parse_size(os.environ.get("LMDB_PRESSURE_BUDGET", "16MiB"))
+BUDGET_BYTES = parse_size(os.environ.get("LMDB_PRESSURE_BUDGET", "8MiB"))
 FULL = OPERATIONS >= 10_000
-SIZES_BYTES = (10 << 10, 32 << 20) if FULL else (2 << 10, 1 << 20)
-KILLS = 5 if FULL else 2
+SIZES_BYTES = (10 << 10, 32 << 20) if FULL else (2 << 10, 512 << 10)
+KILLS = 5 if FULL else 1
 FILE_BYTES_MAX = BUDGET_BYTES * 5 // 4 + SLACK_BYTES
 
 State = dict[int, int]
