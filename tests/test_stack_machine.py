@@ -30,12 +30,14 @@ from kvstore.backends.gpu import GpuBackend
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
 from kvstore.backends.policies import Pins, Policies
+from kvstore.backends.s3 import S3Backend
 from kvstore.errors import BackendBusyError, BackendError, BackendUnavailableError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.testing import FaultyBackend, make_frame, make_key
 from kvstore.testing.frames import NAMESPACE
 from kvstore.tiers import Scrubber, TieredBackend, WriteBehind
+from tests.s3_servers import running_moto
 
 LEVELS = 3
 KEYS = [make_key(number) for number in range(5)]
@@ -321,9 +323,26 @@ class OverDiskMachine(StackMachine):
 
 
 def test_the_stack_is_a_dictionary_whatever_happens() -> None:
-    run_state_machine_as_test(
-        OverDiskMachine,
-        settings=settings(
-            max_examples=EXAMPLES, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+    run_state_machine_as_test(OverDiskMachine, settings=_settings(EXAMPLES))
+
+
+def test_the_stack_over_s3_is_a_dictionary_whatever_happens() -> None:
+    with running_moto() as moto:
+
+        class OverS3Machine(StackMachine):
+            """With a server of S3 at the bottom."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.settings = moto.settings()
+
+            async def open_remote(self) -> Backend:
+                return await S3Backend.open(self.settings)
+
+        run_state_machine_as_test(OverS3Machine, settings=_settings(EXAMPLES // 10))
+
+
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
     )
