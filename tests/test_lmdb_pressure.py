@@ -148,8 +148,9 @@ def _check(work: Workload, tenths: list[dict[str, Any]]) -> None:
     assert tenths[-1]["map_full"] <= work.operations // 100
     assert tenths[-1]["evictions"] > 0
     assert tenths[-1]["shrinks"] > 0
-    amplification = [tenth["written_bytes"] / tenth["put_bytes"] for tenth in full]
-    assert max(amplification) < 1.5, "bytes are written more than once"
+    # Beside its payload a put writes the pages on the way to its records; nothing else is written, early or late.
+    paths_bytes = work.operations // 10 * 100_000
+    assert all(tenth["written_bytes"] <= 1.1 * tenth["put_bytes"] + paths_bytes for tenth in full)
 
 
 async def test_large_chunks_find_room_between_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
