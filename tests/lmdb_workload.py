@@ -166,6 +166,7 @@ class Step:
             "put_bytes": self.done_bytes,
             "written_bytes": _written_bytes() - self._written_bytes,
             "seconds": round(seconds, 2),
+            "cpu_seconds": round(time.process_time() - self._started_cpu_s, 2),
             "put_mb_per_s": round(self.done_bytes / 1e6 / seconds, 1),
             "map_full": self._backend.map_full,
             "used_share": round(self._tier("bytes") / self._work.budget_bytes, 4),
@@ -180,6 +181,7 @@ class Step:
     def _begin(self) -> None:
         self.done_bytes = 0
         self._started_s = time.perf_counter()
+        self._started_cpu_s = time.process_time()
         self._written_bytes = _written_bytes()
 
     def _tier(self, name: str) -> float:

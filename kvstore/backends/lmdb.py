@@ -17,7 +17,7 @@ from kvstore.backends.lmdb_environment import MapFullError
 from kvstore.backends.lmdb_records import size_on_disk_bytes
 from kvstore.backends.lmdb_store import SLACK_BYTES, LmdbStore, Wanted
 from kvstore.backends.policies import Policies
-from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError
+from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError, ConfigError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
@@ -83,8 +83,10 @@ class LmdbBackend:
         backend = cls(store, index, metrics or Metrics(), policies)
         try:
             await backend._load()
-        except BaseException:
+        except BaseException as exc:
             await backend.aclose()
+            if isinstance(exc, BackendError):
+                raise ConfigError(f"cannot open the disk tier in {directory}: {exc}") from exc
             raise
         return backend
 
