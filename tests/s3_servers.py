@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.loaders
 from botocore.config import Config
 
 from kvstore.backends.s3 import S3Settings
@@ -27,6 +29,9 @@ ACCESS_KEY, SECRET_KEY = "accesskey1", "secretkey12345678"
 BUCKET = "kvtest"
 _PREFIXES = count()
 
+# Each client parses megabytes of models, which takes most of a small test; once is enough for all of them.
+botocore.loaders.create_loader = cache(botocore.loaders.create_loader)
+
 
 @dataclass
 class S3Server:
@@ -35,8 +40,10 @@ class S3Server:
     url: str
     kind: str
     client: Any = field(init=False)
+    port: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.port = int(self.url.rpartition(":")[2])
         self.client = boto3.client(
             "s3",
             endpoint_url=self.url,

@@ -57,6 +57,9 @@ class S3Backend:
         self._metrics = metrics
         self._index = S3Index()
         self._locks = KeyLocks()
+        # Chunks of which S3 must be asked, whatever the index says: their heads could not be read, or a change of them
+        # began and S3 did not say how it ended.
+        self._unsure: set[ChunkKey] = set()
         # Counts deletes, so that a get which began before one does not bring back what it took away.
         self._removals = 0
         # Damaged objects that could not be taken away: the next put writes over them, whatever their heads say.
@@ -64,6 +67,7 @@ class S3Backend:
         self._rebuild = Rebuild(
             name, self._list_page, self._learn, self._index.__contains__, calls.available, settings.rebuild_threads
         )
+        self._rebuild.unread = self._unsure
         self._background: list[asyncio.Task[None]] = []
         self._closed = False
 
@@ -171,7 +175,7 @@ class S3Backend:
 
     async def _get(self, key: ChunkKey, levels_max: int, deadline: Deadline) -> Frame | Miss:
         held = self._index.get(key)
-        if held is None and not self._may_hold(key):
+        if held is None and self._sure(key):
             return self._index.miss(key)
         removals = self._removals
         try:
@@ -193,13 +197,14 @@ class S3Backend:
         if size_bytes > self._settings.frame_bytes_max:
             raise BackendFullError(self.name, f"{size_bytes} bytes are more than frame_bytes_max of the s3 tier")
         async with self._locks.hold([key], deadline):
-            known = self._index.get(key)
-            if known is not None and (outcome := put_outcome(known, frame)) in (Outcome.EXISTS, Outcome.OTHER):
+            known, sure = self._index.get(key), self._sure(key)
+            if known and sure and (outcome := put_outcome(known, frame)) in (Outcome.EXISTS, Outcome.OTHER):
                 return Stored(outcome, Ack.REMOTE)
             try:
-                # Other servers may have written since; and a server may know no conditions.
-                sure = known is None and not self._may_hold(key) and size_bytes < self._settings.multipart_bytes
-                return await self._put_over(key, frame, None if sure else await self._look(key, deadline), deadline)
+                # What is about to be replaced may have been changed by another server. And not every server minds
+                # the condition that a chunk must be new, least of all for one in parts.
+                new = sure and not known and size_bytes < self._settings.multipart_bytes
+                return await self._put_over(key, frame, None if new else await self._look(key, deadline), deadline)
             except FrameVersionError:
                 return Stored(Outcome.OTHER, Ack.REMOTE)
 
@@ -208,7 +213,7 @@ class S3Backend:
         for _ in range(_WRITE_TRIES):
             outcome = put_outcome(found.held if found else None, frame)
             if found and outcome in (Outcome.EXISTS, Outcome.OTHER):
-                self._learned(key, found.held)
+                self._settled(key, found.held)
                 return Stored(outcome, Ack.REMOTE)
             if await self._replace(key, frame, found, deadline):
                 return Stored(outcome, Ack.REMOTE)
@@ -219,19 +224,20 @@ class S3Backend:
         async with self._locks.hold([key], deadline):
             for _ in range(_WRITE_TRIES):
                 held = self._index.get(key)
-                if len(held.copy.level_bytes) <= levels if held else not self._may_hold(key):
+                if self._sure(key) and (held is None or len(held.copy.level_bytes) <= levels):
                     return
                 try:
                     found = await self._read(key, held, levels, deadline)
                 except AbsentError:
                     self._vanished(key, held)
+                    self._unsure.discard(key)
                     return
                 except FrameVersionError:
                     return
                 except DamagedError as exc:
                     await self._take_away(key, exc, deadline)
                     return
-                self._learned(key, found.held)
+                self._settled(key, found.held)
                 if len(found.held.copy.level_bytes) <= levels:
                     return
                 if await self._replace(key, found.frame, found, deadline):
@@ -240,25 +246,36 @@ class S3Backend:
 
     async def _delete(self, keys: Sequence[ChunkKey], deadline: Deadline) -> None:
         async with self._locks.hold(keys, deadline):
-            failed = set(await self._calls.run(lambda limit: self._store.delete(keys, limit), deadline))
+            work = partial(self._store.delete, keys)
+            failed = set(await self._calls.run(work, deadline, begun=partial(self._unsure.update, keys)))
             self._removals += 1
             for key in keys:
                 if key not in failed:
+                    self._damaged.discard(key)
+                    self._unsure.discard(key)
                     self._forget(key, Reason.ABSENT)
         if failed:
             raise BackendUnavailableError(self.name, f"{len(failed)} of {len(keys)} chunks could not be deleted")
 
-    async def _read(self, key: ChunkKey, held: Held | None, levels_max: int, deadline: Deadline) -> "Found":
+    async def _read(
+        self, key: ChunkKey, held: Held | None, levels_max: int, deadline: Deadline, *, background: bool = False
+    ) -> "Found":
+        """The frame of a chunk; where it is damaged, it has been read twice."""
         copy = None if held is None else held.copy
         guess_bytes = _GUESS_BYTES if copy is None else copy.head_bytes + sum(copy.level_bytes[:levels_max])
-        return await self._calls.run(lambda limit: self._store.read(key, guess_bytes, levels_max, limit), deadline)
+        work = partial(self._store.read, key, guess_bytes, levels_max)
+        try:
+            return await self._calls.run(work, deadline, background=background)
+        except DamagedError:
+            # Bytes that were changed on their way may be sound where they lie.
+            return await self._calls.run(work, deadline, background=background)
 
     async def _look(self, key: ChunkKey, deadline: Deadline) -> "Found | None":
         """What lies under a key by its head; None where nothing does that need be kept."""
         if key in self._damaged:
             return None
         try:
-            return await self._calls.run(lambda limit: self._store.read(key, _GUESS_BYTES, 0, limit), deadline)
+            return await self._read(key, None, 0, deadline)
         except AbsentError:
             return None
         except DamagedError as exc:
@@ -277,19 +294,22 @@ class S3Backend:
             # Some servers take an object that nobody touched for a changed one.
             await self._write(key, frame, None, deadline)
         self._damaged.discard(key)
-        self._learned(key, held_from(self.name, frame))
+        self._settled(key, held_from(self.name, frame))
         return True
 
     async def _write(self, key: ChunkKey, frame: Frame, expected: str | None, deadline: Deadline) -> None:
         views = list(frame.buffers())
+        begun = partial(self._unsure.add, key)
         if frame.size_bytes < self._settings.multipart_bytes:
-            await self._calls.run(lambda limit: self._store.write(key, views, expected, limit), deadline)
+            await self._calls.run(lambda limit: self._store.write(key, views, expected, limit), deadline, begun=begun)
             return
-        upload_id = await self._calls.run(lambda limit: self._store.begin_parts(key, limit), deadline)
+        upload_id = await self._calls.run(partial(self._store.begin_parts, key), deadline)
         try:
             count = -(-frame.size_bytes // self._settings.part_bytes)
             etags = await self._write_parts(key, upload_id, count, views, deadline)
-            await self._calls.run(lambda limit: self._store.end_parts(key, upload_id, etags, expected, limit), deadline)
+            await self._calls.run(
+                lambda limit: self._store.end_parts(key, upload_id, etags, expected, limit), deadline, begun=begun
+            )
         except BaseException:
             await self._abort_parts(key, upload_id)
             raise
@@ -311,7 +331,7 @@ class S3Backend:
     async def _abort_parts(self, key: ChunkKey, upload_id: str) -> None:
         try:
             limit = Deadline(self.name, _ABORT_S)
-            await self._calls.run(lambda limit: self._store.abort_parts(key, upload_id, limit), limit)
+            await self._calls.run(partial(self._store.abort_parts, key, upload_id), limit)
         except (BackendError, AbsentError) as exc:
             log.info("%s: parts of %s stay until the bucket's lifecycle takes them: %s", self.name, key.hex(), exc)
 
@@ -336,8 +356,7 @@ class S3Backend:
         deadline = self._deadline()
         async with self._locks.hold([key], deadline):
             if key not in self._index and key not in self._damaged:
-                work = partial(self._store.read, key, _GUESS_BYTES, 0)
-                self._learned(key, (await self._calls.run(work, deadline, background=True)).held)
+                self._settled(key, (await self._read(key, None, 0, deadline, background=True)).held)
 
     def _deadline(self) -> Deadline:
         """The deadline of a call that begins now."""
@@ -345,22 +364,23 @@ class S3Backend:
             raise BackendUnavailableError(self.name, "is closed")
         return Deadline(self.name, self._settings.deadline_s)
 
-    def _may_hold(self, key: ChunkKey) -> bool:
-        """Whether the bucket may hold a chunk that the index does not know."""
-        return not self._rebuild.done or key in self._rebuild.unread
+    def _sure(self, key: ChunkKey) -> bool:
+        """Whether the index knows of a chunk what there is to know."""
+        return key not in self._unsure and (key in self._index or self._rebuild.done)
+
+    def _settled(self, key: ChunkKey, held: Held) -> None:
+        """Note what a chunk's object holds; its lock is held, so nothing else is under way."""
+        self._learned(key, held)
+        self._unsure.discard(key)
 
     def _learned(self, key: ChunkKey, held: Held) -> None:
         # What is damaged below a sound head must not count as held.
         if key not in self._damaged and held != self._index.get(key):
             self._index.add(key, held)
-            self._rebuild.unread.discard(key)
             self._gauge()
 
     def _forget(self, key: ChunkKey, reason: Reason) -> None:
         self._index.drop(key, reason)
-        self._rebuild.unread.discard(key)
-        if reason is Reason.ABSENT:
-            self._damaged.discard(key)
         self._gauge()
 
     def _vanished(self, key: ChunkKey, held: Held | None) -> Miss:

@@ -113,8 +113,21 @@ class Calls:
         self._closed = False
         self._note()
 
-    async def run(self, work: Callable[[Deadline], T], deadline: Deadline, *, background: bool = False) -> T:
+    async def run(
+        self,
+        work: Callable[[Deadline], T],
+        deadline: Deadline,
+        *,
+        background: bool = False,
+        begun: Callable[[], None] = lambda: None,
+    ) -> T:
         """What `work` returns, once its thread has ended.
+
+        Args:
+            work: The call; it must end soon after the deadline.
+            deadline: When nobody waits any more.
+            background: Whether it is the tier's own.
+            begun: Called just before the thread begins, and not where the call is refused.
 
         Raises:
             BreakerOpenError: S3 is not asked now.
@@ -131,6 +144,7 @@ class Calls:
             raise DeadlineError(self._tier, "every thread was busy until the deadline") from exc
         try:
             permit = self._admit()
+            begun()
             future = asyncio.get_running_loop().run_in_executor(lane.pool, work, deadline)
         except BaseException:
             lane.free.release()

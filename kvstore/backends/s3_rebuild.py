@@ -36,7 +36,7 @@ class Rebuild:
         seen: Frames listed so far.
         foreign: Other objects under the prefix.
         damaged: Objects under a frame's name that are no sound frame.
-        unread: Chunks that are there, but whose heads could not be read however often it was tried.
+        unread: Where to put chunks whose heads could not be read, however often it was tried.
         problem: What keeps it from going on; empty while nothing does.
     """
 

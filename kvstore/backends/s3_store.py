@@ -30,6 +30,7 @@ from kvstore.errors import (
     BackendFullError,
     BackendUnavailableError,
     ConfigError,
+    FrameCorruptError,
     FrameError,
     FrameVersionError,
 )
@@ -124,9 +125,14 @@ class S3Store:
         """
 
         def open_range(start: int, end: int) -> Mapping[str, Any]:
-            answer: Mapping[str, Any] = self._client.get_object(
-                Bucket=self._settings.bucket, Key=self.name_of(key), Range=f"bytes={start}-{end - 1}"
-            )
+            try:
+                answer: Mapping[str, Any] = self._client.get_object(
+                    Bucket=self._settings.bucket, Key=self.name_of(key), Range=f"bytes={start}-{end - 1}"
+                )
+            except ClientError as exc:
+                if _status(exc) != 416:
+                    raise
+                raise FrameCorruptError(f"the object has no bytes from {start} on") from exc
             return answer
 
         with self._request("get" if levels_max else "head", deadline):
@@ -234,7 +240,8 @@ class S3Store:
         bucket = self._settings.bucket
         with self._request("quarantine", deadline):
             try:
-                if self._client.head_object(Bucket=bucket, Key=name)["ETag"] != etag:
+                # An object without bytes tells no ETag when a range of it is asked for.
+                if self._client.head_object(Bucket=bucket, Key=name)["ETag"] != etag and etag:
                     return False
                 self._client.copy_object(
                     Bucket=bucket,
@@ -280,6 +287,8 @@ class S3Store:
             if not condition or not self._conditional or _code(exc) != "NotImplemented":
                 raise
             self._conditional = False
+            if "Body" in request:
+                request["Body"].seek(0)
             call(**request)
 
     @contextmanager
