@@ -9,7 +9,7 @@ from kvstore.errors import RangeError
 from kvstore.frame import Frame, blob_of
 from kvstore.keys import ChunkKey, chunk_key, split_key
 from kvstore.server.auth import Tenants
-from kvstore.server.problems import miss_problem, problem, status_of
+from kvstore.server.problems import error_problem, miss_problem
 from kvstore.server.query import ack_of, level_of, url_key
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
@@ -48,8 +48,7 @@ class ChunkRoutes:
         reached = stored.ack.name.lower()
         if stored.error is not None:
             # It is held, but less safely than was asked for.
-            headers = {"Kvstore-Ack": reached}
-            return problem(status_of(stored.error), stored.error.code, str(stored.error), headers=headers, ack=reached)
+            return error_problem(stored.error, headers={"Kvstore-Ack": reached}, ack=reached)
         return web.json_response(
             {"outcome": stored.outcome.value, "ack": reached},
             status=201 if stored.outcome in (Outcome.WRITTEN, Outcome.EXTENDED) else 200,

@@ -79,18 +79,22 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _closing(problem(500, KVStoreError.code, "something failed here that should not; see the server's log"))
 
 
-def _answer(request: web.Request, error: KVStoreError) -> web.Response:
-    status = status_of(error)
-    headers = {}
+def error_problem(error: KVStoreError, *, headers: Mapping[str, str] | None = None, **extra: str) -> web.Response:
+    """The answer by which an error is told."""
+    own = {}
     if isinstance(error, BackendUnavailableError):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        own["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, RangeError):
-        headers["Content-Range"] = f"bytes */{error.full_bytes}"
+        own["Content-Range"] = f"bytes */{error.full_bytes}"
     if isinstance(error, AuthError):
-        headers["WWW-Authenticate"] = 'Bearer realm="kvstore"'
-    if status >= 500:
+        own["WWW-Authenticate"] = 'Bearer realm="kvstore"'
+    return problem(status_of(error), error.code, str(error), headers=own | dict(headers or {}), **extra)
+
+
+def _answer(request: web.Request, error: KVStoreError) -> web.Response:
+    response = error_problem(error)
+    if response.status >= 500:
         log.warning("%s %s: %s", request.method, request.path, error)
-    response = problem(status, error.code, str(error), headers=headers)
     return response if request.content.at_eof() else _closing(response)
 
 
