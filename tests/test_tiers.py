@@ -193,7 +193,7 @@ async def test_pinned_chunks_stay_until_their_time_and_others_go() -> None:
     assert await stack.pin(KEYS[:2] + KEYS[5:], ttl_s=10.0) == [True, True, False]
     for number in range(100, 120):
         await stack.put([(make_key(number), make_frame(make_key(number)))])
-    assert [frame.levels for frame in await stack.get(KEYS[:2]) if isinstance(frame, Frame)] == [3, 3]
+    assert [len(held.copy.level_bytes) for held in (await stack.match(KEYS[:2])).held] == [3, 3]
     assert len([key async for key, _ in stack.scan()]) >= 4
     now_s = 10.5
     for number in range(200, 240):

@@ -1,13 +1,38 @@
-"""What was asked for: how often chunks were read, and which chunk follows which. Bounded, pure, shared by tiers."""
+"""What was asked for: which chunks were read, how often and when, and which follows which. Bounded, pure, and shared.
 
+Time is counted in chunks that were asked for again. It needs no clock, and it stands still while cold data passes, so
+that cannot make the other chunks look old.
+"""
+
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 from kvstore.keys import ChunkKey
 
 HISTORY_MAX = 1 << 18
+
+# The first guess of a gap, and the weight of each gap that is measured in the running mean.
+_GAP_READS = 1024.0
+_GAP_WEIGHT = 1 / 1024
+
+
+class Past(NamedTuple):
+    """What is remembered of a chunk.
+
+    Args:
+        reads: How often it was read, or would have been had it been there.
+        time: When it was last asked for, as `History.time` counts.
+    """
+
+    reads: int
+    time: int
+
+
+_UNKNOWN = Past(0, 0)
 
 
 class History:
@@ -19,9 +44,36 @@ class History:
 
     def __init__(self, chunks_max: int = HISTORY_MAX) -> None:
         self._chunks_max = chunks_max
-        self._reads: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._time = 0
         self._unnoticed: ChunkKey | None = None
+        self._log_gap = math.log(_GAP_READS)
+        self._past: OrderedDict[ChunkKey, Past] = OrderedDict()
         self._parents: OrderedDict[ChunkKey, ChunkKey] = OrderedDict()
+
+    @property
+    def time(self) -> int:
+        """Number of times that any chunk was asked for again."""
+        return self._time
+
+    @property
+    def gap(self) -> float:
+        """How long it typically takes until a chunk is asked for again: a running geometric mean, as `time`."""
+        return math.exp(self._log_gap)
+
+    def enter(self, key: ChunkKey, gone_at: int | None = None) -> None:
+        """Note that a chunk comes into a tier.
+
+        A chunk that comes back was asked for while it was gone. That counts as a read, unless another tier noted it.
+
+        Args:
+            key: The chunk.
+            gone_at: When the tier let go of it; None where it never had it.
+        """
+        past = self._past.get(key)
+        if past is None:
+            self._note(key, Past(0, self._time))
+        elif gone_at is not None and past.time <= gone_at:
+            self.read(key)
 
     @contextmanager
     def unnoticed(self, key: ChunkKey) -> Iterator[None]:
@@ -37,14 +89,19 @@ class History:
         """Note that a chunk was read."""
         if key == self._unnoticed:
             return
-        self._reads[key] = self._reads.get(key, 0) + 1
-        self._reads.move_to_end(key)
-        if len(self._reads) > self._chunks_max:
-            self._reads.popitem(last=False)
+        self._time += 1
+        past = self._past.get(key)
+        if past is not None:
+            self._log_gap += _GAP_WEIGHT * (math.log(self._time - past.time) - self._log_gap)
+        self._note(key, Past((past or _UNKNOWN).reads + 1, self._time))
+
+    def past(self, key: ChunkKey) -> Past:
+        """What is remembered of a chunk; as if it had been put first and never read where nothing is."""
+        return self._past.get(key, _UNKNOWN)
 
     def reads(self, key: ChunkKey) -> int:
         """How often a chunk was read."""
-        return self._reads.get(key, 0)
+        return self.past(key).reads
 
     def follow(self, keys: Sequence[ChunkKey]) -> None:
         """Note that these chunks follow each other in a prompt."""
@@ -57,3 +114,9 @@ class History:
     def parent(self, key: ChunkKey) -> ChunkKey | None:
         """The chunk before this one, where known."""
         return self._parents.get(key)
+
+    def _note(self, key: ChunkKey, past: Past) -> None:
+        self._past[key] = past
+        self._past.move_to_end(key)
+        if len(self._past) > self._chunks_max:
+            self._past.popitem(last=False)

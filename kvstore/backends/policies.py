@@ -62,6 +62,8 @@ class Pins:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._until_s: dict[ChunkKey, float] = {}
+        self.unpins = 0
+        """Number of calls of `unpin`: tells those who have put pinned chunks aside when to look again."""
 
     def __len__(self) -> int:
         return len(self._until_s)
@@ -78,8 +80,13 @@ class Pins:
 
     def unpin(self, keys: Iterable[ChunkKey]) -> None:
         """Let go of chunks; those that are not pinned are ignored."""
+        self.unpins += 1
         for key in keys:
             self._until_s.pop(key, None)
+
+    def until_s(self, key: ChunkKey) -> float:
+        """When a chunk's pin ends or ended, as the clock counts; 0 for one that has none."""
+        return self._until_s.get(key, 0.0)
 
     def current(self) -> list[ChunkKey]:
         """Every chunk that is pinned now."""
