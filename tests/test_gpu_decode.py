@@ -55,19 +55,19 @@ def assert_equal(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -
 
 
 @pytest.mark.parametrize(
-    ("name", "level", "words_max"),
+    ("name", "chunks_count", "level", "words_max"),
     [
-        ("packed partial", 1, batch.WORDS_MAX),
-        ("rans packed", None, batch.WORDS_MAX),
+        ("packed partial", 2, 1, batch.WORDS_MAX),
+        ("rans packed", 1, None, batch.WORDS_MAX),
         # As where they lie further apart than 32 bits reach: fused, and level by level.
-        ("rans one layer", None, 0),
-        ("klt joint", None, 0),
+        ("rans one layer", 2, 1, 0),
+        ("klt joint", 1, 0, 0),
     ],
 )
 async def test_what_is_decoded_in_place_is_what_host_frames_give(
-    name: str, level: int | None, words_max: int, monkeypatch: pytest.MonkeyPatch
+    name: str, chunks_count: int, level: int | None, words_max: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks = chunks_of(CASES[name]._replace(chunks=2), monkeypatch)
+    chunks = chunks_of(CASES[name]._replace(chunks=chunks_count), monkeypatch)
     exact = pages(chunks, chunks.frames, level)
     seen = set()
 
