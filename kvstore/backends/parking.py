@@ -62,16 +62,15 @@ class Parking:
 
     def take_unpinned(self) -> list[ChunkKey]:
         """Take away all chunks whose pins have ended."""
+        over = []
         if self._unpins != self._pins.unpins:
             self._unpins = self._pins.unpins
             over = [key for key in self._parked if key not in self._pins]
-            for key in over:
-                del self._parked[key]
-            return over
-        over = []
-        while (key := self.first()) is not None and key not in self._pins:
+        for key in over:
             del self._parked[key]
-            over.append(key)
+        while (first := self.first()) is not None and first not in self._pins:
+            del self._parked[first]
+            over.append(first)
         return over
 
     def validate(self) -> None:
