@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 BENCHMARKS := $(filter-out harness report,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
 
-.PHONY: help demo test test-lmdb lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: help demo test test-lmdb test-s3 lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
 
 help:
 	@echo "make demo          run the main job: store, fetch and reuse a real model's KV cache"
 	@echo "make test          run the tests"
 	@echo "make test-lmdb     fill the disk tier with 20,000 chunks of 10 KiB to 32 MiB and kill it, in some minutes"
+	@echo "make test-s3       run the S3 tier on Ceph (Debian packages) and kill it; S3_STORM_S=60 says how long each time"
 	@echo "make lint          ruff, mypy --strict and the import contracts"
 	@echo "make bench         run every benchmark, then draw docs/benchmarks.md from the results"
 	@echo "make bench-NAME    run one benchmark: $(BENCHMARKS)"
@@ -28,6 +29,9 @@ test: $(VENV)/.dev
 test-lmdb: $(VENV)/.dev
 	LMDB_PRESSURE_OPERATIONS=20000 LMDB_PRESSURE_BUDGET=1GiB \
 		$(BIN)/python -m pytest tests/test_lmdb_pressure.py -s --timeout 3600 -k always_full
+
+test-s3: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/s3_on_ceph.py -s
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
