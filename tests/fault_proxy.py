@@ -94,6 +94,9 @@ class FaultProxy:
         if not self.conditions and re.search(rb"(?i)\r\nif-(none-)?match:", head):
             return await _answer_error(writer, 501, "NotImplemented")
         fault = self._choose()
+        if fault == "corrupt_answer" and (not head.startswith(b"GET") or b"list-type" in head):
+            # Listings have no checksums, so nobody could know.
+            fault = "none"
         if fault == "refuse":
             return _reset(writer)
         if fault == "error":
@@ -140,6 +143,8 @@ class FaultProxy:
             piece = await reader.read(min(left, _PIECE_BYTES))
             if not piece:
                 raise ConnectionAbortedError
+            if fault == "corrupt_request":
+                piece = _flip(piece)
             server.write(piece)
             await server.drain()
             left -= len(piece)
@@ -161,6 +166,9 @@ class FaultProxy:
                 await self._stop_at(fault)
             if fault == "throttle":
                 await asyncio.sleep(len(piece) / self.rate_bytes_per_s)
+            if fault == "corrupt_answer" and passed_bytes:
+                # Not the first piece: a header of HTTP has no checksum.
+                piece = _flip(piece)
             writer.write(piece)
             await writer.drain()
             passed_bytes += len(piece)
@@ -204,6 +212,10 @@ async def _answer_error(writer: asyncio.StreamWriter, status: int, code: str) ->
     writer.write_eof()
     # The client may still be sending; a reset would take the answer away from it.
     await asyncio.sleep(0.05)
+
+
+def _flip(piece: bytes) -> bytes:
+    return piece[:-1] + bytes([piece[-1] ^ 1])
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
