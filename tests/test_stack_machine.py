@@ -102,8 +102,9 @@ class StackMachine(RuleBasedStateMachine):
         tiers: list[Backend] = [
             self.gpu,
             self.host,
-            WriteBehind(self.disk, inner_ack=Ack.DISK, queue_bytes_max=256 << 10, flush_timeout_s=0.2),
-            WriteBehind(self.remote, inner_ack=Ack.REMOTE, queue_bytes_max=1 << 20, flush_timeout_s=0.2),
+            # Batches of one chunk, so that there is something in the queues.
+            WriteBehind(self.disk, inner_ack=Ack.DISK, queue_bytes_max=256 << 10, batch_bytes=1, flush_timeout_s=0.2),
+            WriteBehind(self.remote, inner_ack=Ack.REMOTE, queue_bytes_max=1 << 20, batch_bytes=1, flush_timeout_s=0.2),
         ]
         self.stack = TieredBackend(tiers, promoted=["gpu"], policies=policies, pins_bytes_max=PINS_BYTES_MAX)
 

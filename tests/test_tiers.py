@@ -272,3 +272,12 @@ async def test_an_exact_coder_for_each_tier_is_put_in_and_its_levels_are_joined(
     await upper.delete(KEYS)
     assert all(isinstance(frame, Frame) for frame in await stack.get(KEYS))
     assert [frame.id for frame in await upper.get(KEYS) if isinstance(frame, Frame)] == [frame.id for frame in FRAMES]
+    # What the upper tier has lost of its levels is read below, in the other coder.
+    await upper.trim(KEYS, level=0)
+    assert [frame.levels for frame in await stack.get(KEYS) if isinstance(frame, Frame)] == [3] * 6
+    assert [frame.levels for frame in await upper.get(KEYS) if isinstance(frame, Frame)] == [3] * 6
+    # A part of a frame has no other coder, so it is not copied up, where it would be another frame.
+    await upper.delete(KEYS)
+    assert [frame.levels for frame in await stack.get(KEYS, level=0) if isinstance(frame, Frame)] == [1] * 6
+    assert (await upper.match(KEYS)).held == []
+    assert {stored.outcome for stored in await stack.put(ITEMS)} == {Outcome.EXISTS}

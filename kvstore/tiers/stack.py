@@ -8,7 +8,7 @@ in the `Policies` that all of them share.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -23,7 +23,6 @@ from kvstore.backend import (
     Reason,
     State,
     Stored,
-    put_outcome,
     state_of,
 )
 from kvstore.backends.index import copy_bytes
@@ -32,15 +31,13 @@ from kvstore.errors import BackendBusyError, BackendError, BackendFullError, Bac
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.coders import Coders, Recode
 from kvstore.tiers.flights import Flights
 
 _COPY = attrgetter("copy")
 _WINDOW = 1024
 _PURGE_CHUNKS = 1024
 _OUTCOME_RANKS = (Outcome.OTHER, Outcome.EXISTS, Outcome.EXTENDED, Outcome.WRITTEN)
-
-Recode = Callable[[Frame, str], Frame]
-"""The same numbers under the coder that a tier wants: `recode(frame, tier) -> frame`, exact in both directions."""
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +72,7 @@ class TieredBackend:
         self.policies = policies or Policies()
         self._promoted = frozenset(promoted)
         self._pins_bytes_max = pins_bytes_max
-        self._recode = recode or (lambda frame, _: frame)
+        self._coders = Coders(recode)
         self._metrics = metrics or Metrics()
         self._flights = [Flights(tier) for tier in self.tiers]
         self._pinned_bytes: dict[ChunkKey, int] = {}
@@ -110,7 +107,7 @@ class TieredBackend:
         found: dict[ChunkKey, Frame | Miss] = {}
         tier_of: dict[ChunkKey, str] = {}
         for depth, tier in enumerate(self.tiers):
-            served, led = await self._get_more(depth, keys, level, found)
+            served, led = await self._get_more(depth, keys, level, found, tier_of)
             tier_of |= dict.fromkeys(served, tier.name)
             if depth and self._removals == removals:
                 await self._promote(depth, {key: served[key] for key in served if key in led})
@@ -228,7 +225,12 @@ class TieredBackend:
         return run
 
     async def _get_more(
-        self, depth: int, keys: Sequence[ChunkKey], level: int | None, found: dict[ChunkKey, Frame | Miss]
+        self,
+        depth: int,
+        keys: Sequence[ChunkKey],
+        level: int | None,
+        found: dict[ChunkKey, Frame | Miss],
+        tier_of: dict[ChunkKey, str],
     ) -> tuple[dict[ChunkKey, Frame], Collection[ChunkKey]]:
         """Ask a tier for what is missing of `found` and add it there.
 
@@ -246,7 +248,7 @@ class TieredBackend:
         served: dict[ChunkKey, Frame] = {}
         for key in wanted:
             answer = answers[key]
-            better = self._better(tier, found.get(key), answer)
+            better = await self._better(found.get(key), answer, tier_of.get(key, ""))
             if better is answer and isinstance(answer, Frame):
                 served[key] = answer
             found[key] = better
@@ -266,6 +268,9 @@ class TieredBackend:
 
     async def _promote(self, depth: int, served: dict[ChunkKey, Frame]) -> None:
         """Copy what a tier served into the tiers above it, as far as they have room."""
+        if self._coders.differ:
+            # Of a part of a frame nobody can say what it would be under another coder.
+            served = {key: frame for key, frame in served.items() if frame.whole}
         for tier in self.tiers[:depth] if served else ():
             # What could not be copied up is still served.
             with suppress(BackendUnavailableError):
@@ -278,19 +283,15 @@ class TieredBackend:
         """
         for tier in self.tiers[:-1]:
             match = await _match(tier, [key])
-            if match.held and self._outcome(tier, match.held[0], frame) is Outcome.OTHER:
+            if match.held and await self._coders.outcome(frame, tier, match.held[0]) is Outcome.OTHER:
                 return await self._put_to(tier, [(key, frame)], ack)
         return []
-
-    def _outcome(self, tier: Backend, held: Held, frame: Frame) -> Outcome:
-        """What putting a frame does to what a tier holds, in whichever coder that is."""
-        return put_outcome(held, frame if held.frame_id == frame.id else self._recode(frame, tier.name))
 
     async def _drop_others(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]]) -> None:
         """Take out of a tier that puts pass by what they replace."""
         for key, frame in items:
             match = await _match(tier, [key])
-            if match.held and self._outcome(tier, match.held[0], frame) is Outcome.WRITTEN:
+            if match.held and await self._coders.outcome(frame, tier, match.held[0]) is Outcome.WRITTEN:
                 await tier.delete([key])
 
     async def _put_to(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
@@ -298,34 +299,35 @@ class TieredBackend:
         if not items:
             return []
         try:
-            return await tier.put([(key, self._recode(frame, tier.name)) for key, frame in items], ack=ack)
+            return await tier.put(await self._coded(tier, items), ack=ack)
         except BackendBusyError:
             raise
         except KVStoreError as exc:
             error = exc if isinstance(exc, BackendError) else BackendError(tier.name, str(exc))
             return [Stored(Outcome.FAILED, None, error)] * len(items)
 
+    async def _coded(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]]) -> Sequence[tuple[ChunkKey, Frame]]:
+        """Frames in the coder that a tier wants."""
+        if not self._coders.differ:
+            return items
+        held = [(await _match(tier, [key])).held for key, _ in items]
+        return [
+            (key, await self._coders.coded(frame, tier, one[0] if one else None))
+            for one, (key, frame) in zip(held, items, strict=True)
+        ]
+
     async def _has_more(self, tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
         """Whether a tier holds more levels of the frame that was found; asked from memory."""
         frame = found[key]
         match = await _match(tier, [key])
-        return (
-            isinstance(frame, Frame)
-            and bool(match.held)
-            and match.held[0].frame_id in (self._recode(frame, tier.name).id, None)
-            and len(match.held[0].copy.level_bytes) > frame.levels
-        )
+        return isinstance(frame, Frame) and bool(match.held) and self._coders.may_extend(match.held[0], frame)
 
-    def _better(self, tier: Backend, before: Frame | Miss | None, after: Frame | Miss) -> Frame | Miss:
-        """The more useful of two answers, the second a tier's; levels of different frames are never joined."""
+    async def _better(self, before: Frame | Miss | None, after: Frame | Miss, tier: str) -> Frame | Miss:
+        """The more useful of two answers, the first from `tier`; levels of different frames are never joined."""
         if before is None:
             return after
         if isinstance(before, Frame):
-            longer = (
-                isinstance(after, Frame)
-                and after.levels > before.levels
-                and after.id == self._recode(before, tier.name).id
-            )
+            longer = isinstance(after, Frame) and await self._coders.extends(after, before, tier)
             return after if longer else before
         return after if isinstance(after, Frame) else _telling([after, before])
 
