@@ -48,7 +48,8 @@ def run_fsck(data_dir: Path, *, dry_run: bool) -> Report:
             bar = progress.add_task("verifying", total=fsck.payload_bytes)
             found = fsck.run(lambda read_bytes: progress.advance(bar, read_bytes))
     except BackendError as exc:
-        raise ConfigError(f"cannot verify {directory}: {exc}") from exc
+        advice = "nothing more was changed; if it is no matter of the disk, use another data directory"
+        raise ConfigError(f"cannot verify {directory}: {exc}; {advice}") from exc
     finally:
         fsck.close()
     found.seconds = time.monotonic() - started_s

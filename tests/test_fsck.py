@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -596,3 +597,23 @@ async def test_damage_that_a_backend_finds_is_counted(tmp_path: Path) -> None:
 def test_every_kind_of_damage_is_described() -> None:
     text = (Path(__file__).parent.parent / "docs" / "fsck.md").read_text()
     assert [damage for damage in Damage if f"| {damage.value} |" not in text] == []
+
+
+def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fsck", "--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    text = (Path(__file__).parent.parent / "docs" / "fsck.md").read_text()
+    assert [flag for flag in flags if f"| `{flag}" not in text] == []
+
+
+def test_a_database_whose_own_pages_are_damaged_is_refused_and_not_a_crash(tmp_path: Path) -> None:
+    _fill(tmp_path, [make_frame(make_key(number), (3000, 2000)) for number in range(100)])
+    file = tmp_path / "lmdb" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    for page in range(2 * 4096, len(data), 4096):
+        # Leaf and branch pages of the tree are flagged at byte 10; their nodes begin behind byte 16.
+        if data[page + 10] in (1, 2):
+            data[page + 16 : page + 48] = b"\xff" * 32
+    file.write_bytes(data)
+    assert str(tmp_path) in _refused(tmp_path)

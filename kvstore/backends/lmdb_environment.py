@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lmdb
 
+from kvstore.backends.lmdb_pages import check_pages
 from kvstore.errors import BackendError, BackendFullError, ConfigError
 
 FORMAT = b"kvstore lmdb 2"
@@ -33,6 +34,7 @@ class Environment:
         map_bytes: Most bytes that its file may take.
         name: Name of the tier, for errors.
         readonly: Whether nothing may be changed; the directory must hold an environment then.
+        verify: Whether all pages of its trees are checked first, which takes seconds for a million chunks.
 
     Attributes:
         format: What was found; None in a new environment.
@@ -41,18 +43,25 @@ class Environment:
         ConfigError: The directory cannot be used, is in use, or holds something else.
     """
 
-    def __init__(self, directory: Path, map_bytes: int, name: str, *, readonly: bool = False) -> None:
+    def __init__(
+        self, directory: Path, map_bytes: int, name: str, *, readonly: bool = False, verify: bool = False
+    ) -> None:
         self.directory = directory
         self._name = name
         self._readonly = readonly
         self._map_bytes = map_bytes
         self._lock_fd = _lock(directory)
         try:
+            if verify:
+                check_pages(directory / "data.mdb")
             # The kernel reads ahead: nearly all that is read are long runs of pages.
             self._env = lmdb.open(str(directory), map_size=map_bytes, max_dbs=4, readonly=readonly, create=not readonly)
-        except (lmdb.Error, OverflowError) as exc:
+        except (lmdb.Error, OverflowError, OSError) as exc:
             os.close(self._lock_fd)
             raise self._unusable(exc) from exc
+        except ConfigError:
+            os.close(self._lock_fd)
+            raise
         try:
             self._check_file()
             self.format = self._found_format()

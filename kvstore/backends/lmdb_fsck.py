@@ -96,7 +96,7 @@ class LmdbFsck:
         self.findings = Findings()
         self._dry_run = dry_run
         self._directory = directory
-        self._env = Environment(directory, file.stat().st_size + _ROOM_BYTES, _TIER, readonly=dry_run)
+        self._env = Environment(directory, file.stat().st_size + _ROOM_BYTES, _TIER, readonly=dry_run, verify=True)
         try:
             self._env.check_format(FORMAT, *OLD_FORMATS)
             self._env.open_databases()
