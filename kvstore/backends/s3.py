@@ -65,9 +65,14 @@ class S3Backend:
         # Damaged objects that could not be taken away: the next put writes over them, whatever their heads say.
         self._damaged: set[ChunkKey] = set()
         self._rebuild = Rebuild(
-            name, self._list_page, self._learn, self._index.__contains__, calls.available, settings.rebuild_threads
+            name,
+            self._list_page,
+            self._learn,
+            self._index.__contains__,
+            self._unsure,
+            calls.available,
+            settings.rebuild_threads,
         )
-        self._rebuild.unread = self._unsure
         self._background: list[asyncio.Task[None]] = []
         self._closed = False
 

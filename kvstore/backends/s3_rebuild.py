@@ -28,6 +28,7 @@ class Rebuild:
         list_page: Asks for the page that a token names.
         learn: Reads a head into the index, unless the chunk is known by then.
         known: Whether a chunk is in the index.
+        unsure: Takes the chunks whose heads could not be read.
         available: Set while the breaker is closed.
         width: Heads that are read at one time.
 
@@ -36,7 +37,7 @@ class Rebuild:
         seen: Frames listed so far.
         foreign: Other objects under the prefix.
         damaged: Objects under a frame's name that are no sound frame.
-        unread: Where to put chunks whose heads could not be read, however often it was tried.
+        unreadable: Frames whose heads could not be read, however often it was tried.
         problem: What keeps it from going on; empty while nothing does.
     """
 
@@ -46,6 +47,7 @@ class Rebuild:
         list_page: Callable[[str | None], Awaitable["Listed"]],
         learn: Callable[[ChunkKey], Awaitable[None]],
         known: Callable[[ChunkKey], bool],
+        unsure: set[ChunkKey],
         available: asyncio.Event,
         width: int,
     ) -> None:
@@ -53,47 +55,57 @@ class Rebuild:
         self.seen = 0
         self.foreign = 0
         self.damaged = 0
-        self.unread: set[ChunkKey] = set()
+        self.unreadable = 0
         self.problem = ""
         self._tier = tier
         self._list_page = list_page
         self._learn = learn
         self._known = known
+        self._unsure = unsure
         self._available = available
         self._width = width
 
     async def run(self) -> None:
         """Work until everything has been seen."""
+        restarts = 0
+        while not self.done:
+            try:
+                await self._see_all()
+            except Exception as exc:  # Whatever it is, an index that stays incomplete in silence is worse.
+                log.warning("%s: the rebuilding of the index begins again: %r", self._tier, exc)
+                self.problem = str(exc)
+                await asyncio.sleep(min(_FIRST_PAUSE_S * 2**restarts, _PAUSE_MAX_S))
+                restarts += 1
+        log.info(
+            "%s: the index is complete: %d frames; ignored: %d damaged, %d unreadable, %d other objects",
+            self._tier, self.seen, self.damaged, self.unreadable, self.foreign,
+        )  # fmt: skip
+
+    async def _see_all(self) -> None:
+        """One pass over the bucket; what is known from a pass before is not read again."""
+        self.seen = self.foreign = self.damaged = self.unreadable = 0
         token: str | None = None
         while not self.done:
             page = await self._next_page(token)
-            if page is None:
-                # The server no longer takes its token: from the start again, where most is known by now.
-                token, self.seen, self.foreign = None, 0, 0
-                continue
             self.seen += len(page.keys)
             self.foreign += page.foreign
             await self._learn_all([key for key in page.keys if not self._known(key)])
             token = page.token
             self.done = token is None
-        log.info(
-            "%s: the index is complete: %d frames; ignored: %d damaged, %d unreadable, %d other objects",
-            self._tier, self.seen, self.damaged, len(self.unread), self.foreign,
-        )  # fmt: skip
 
-    async def _next_page(self, token: str | None) -> "Listed | None":
-        """The page, however long it takes; None where S3 works but refuses the token."""
+    async def _next_page(self, token: str | None) -> "Listed":
+        """The page, however long it takes, unless S3 works and refuses its own token."""
         pause_s = _FIRST_PAUSE_S
         while True:
             await self._available.wait()
             try:
                 page = await self._list_page(token)
             except BackendError as exc:
+                if token is not None and not isinstance(exc, BackendUnavailableError):
+                    raise
                 self._trouble("listing the bucket", exc)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_MAX_S)
-                if token is not None and not isinstance(exc, BackendUnavailableError):
-                    return None
             else:
                 self.problem = ""
                 return page
@@ -129,7 +141,8 @@ class Rebuild:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _PAUSE_MAX_S)
                     continue
-                self.unread.add(key)
+                self.unreadable += 1
+                self._unsure.add(key)
             else:
                 self.problem = ""
             return

@@ -44,7 +44,7 @@ _READ_TRIES = 3
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
 _CHANGED = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
-# What S3 answers while credentials, clock, region or bucket are wrong, or the network is: no single request is at fault.
+# What S3 answers while credentials, clock, region, bucket or network are wrong: no single request is at fault.
 _OUT_OF_ORDER_STATUS = {301, 401, 403, 408, 429}
 _OUT_OF_ORDER = {"NoSuchBucket", "RequestTimeout", "SlowDown", "ExpiredToken", "InvalidToken"}
 _OUT_OF_ORDER |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
