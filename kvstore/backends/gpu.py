@@ -225,9 +225,16 @@ class GpuBackend:
             return Stored(Outcome.FAILED, None, exc), None
 
     def _place(self, key: ChunkKey, frame: Frame) -> "Future[None]":
-        """Make room for a frame, in place of whatever is held under its key, and begin to copy it there."""
+        """Make room for a frame, in place of whatever is held under its key, and begin to copy it there.
+
+        Raises:
+            BackendFullError: It does not fit into the budget.
+            BackendBusyError: The room between frames on lease is too small.
+        """
         held = held_from(self.name, frame)
         slab_bytes, host_bytes = _slab_bytes(held.copy), _host_bytes(frame)
+        if self.extents.stretch_bytes < slab_bytes <= self._index.budget_bytes:
+            raise BackendBusyError(self.name, f"no {slab_bytes} bytes in one piece while frames are on lease")
         moves = self._index.make_room({key: slab_bytes + host_bytes})
         for move in moves:
             self._make(move)
@@ -252,15 +259,10 @@ class GpuBackend:
         """Room in the slab for a chunk that the index has made room for.
 
         Without leases it is always there. With them, chunks that were evicted may still take some, so others go too.
-
-        Raises:
-            BackendBusyError: The room between frames on lease is too small.
         """
         while (taken := self.extents.take(slab_bytes)) is None:
-            moves = self._index.release(slab_bytes, keep={key}) if self.extents.stretch_bytes >= slab_bytes else []
-            if not moves:
-                self._index.drop(key, Reason.EVICTED)
-                raise BackendBusyError(self.name, f"no {slab_bytes} bytes in one piece while frames are on lease")
+            moves = self._index.release(slab_bytes, keep={key})
+            assert moves, "a stretch without leases is free once everything that lies in it was evicted"
             for move in moves:
                 self._make(move)
         return taken
