@@ -61,8 +61,9 @@ def check_pages(file: Path) -> None:
             if pages is not None:
                 pages.check()
         except (_PageError, struct.error) as exc:
+            what = exc if isinstance(exc, _PageError) else "something in a page lies outside of it"
             raise ConfigError(
-                f"{file} is damaged: {exc}; nothing in it can be relied on, so use another data directory"
+                f"{file} is damaged: {what}; nothing in it can be relied on, so use another data directory"
             ) from exc
 
 
@@ -136,6 +137,8 @@ class _Pages:
             yield page[end - key_bytes : end], end, low, high, flags
 
     def _value(self, number: int, page: bytes, offset: int, size_bytes: int, flags: int) -> _Value:
+        if flags not in (0, _BIG_VALUE, _TREE_VALUE):
+            raise _PageError(f"a value of page {number} is of no kind that is used here")
         if flags & _BIG_VALUE:
             first_page: int = _NUMBER.unpack_from(page, offset)[0]
             self._check_overflow(first_page, -(-(size_bytes + _OVERFLOW_HEADER.size) // self._page_bytes))
