@@ -26,6 +26,7 @@ from kvstore.backend import Ack
 from kvstore.backends.findings import Damage
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
+from kvstore.backends.lmdb_pages import check_pages
 from kvstore.backends.lmdb_records import PART_BYTES, level_suffix
 from kvstore.cli import main
 from kvstore.errors import ConfigError
@@ -617,3 +618,64 @@ def test_a_database_whose_own_pages_are_damaged_is_refused_and_not_a_crash(tmp_p
             data[page + 16 : page + 48] = b"\xff" * 32
     file.write_bytes(data)
     assert str(tmp_path) in _refused(tmp_path)
+
+
+# Pages of the database itself
+
+
+@pytest.fixture(scope="module")
+def used_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A data file in which much was written and deleted, with trees of several pages and a list of free ones."""
+
+    async def use() -> None:
+        backend = await LmdbBackend.open(data_dir / "lmdb", BUDGET_BYTES)
+        keys = [make_key(number) for number in range(120)]
+        for start in range(0, 120, 20):
+            await backend.put([(key, make_frame(key, (3000, 900, 9000))) for key in keys[start : start + 20]])
+            await backend.delete(keys[start : start + 20 : 3])
+        await backend.aclose()
+
+    data_dir = tmp_path_factory.mktemp("used")
+    asyncio.run(use())
+    return (data_dir / "lmdb" / "data.mdb").read_bytes()
+
+
+def _tree_pages(data: bytes) -> list[int]:
+    """Offsets of leaf and branch pages, those that are no longer in use included."""
+    return [page for page in range(2 * 4096, len(data), 4096) if data[page + 10 : page + 12] in (b"\1\0", b"\2\0")]
+
+
+def test_sound_pages_are_sound(tmp_path: Path, used_file: bytes) -> None:
+    assert len(_tree_pages(used_file)) > 20
+    (tmp_path / "data.mdb").write_bytes(used_file)
+    check_pages(tmp_path / "data.mdb")
+
+
+@pytest.mark.parametrize(
+    "place", [0, 10, 12, 16, 4088], ids=["number", "kind", "end of nodes", "first node", "last node"]
+)
+def test_damaged_pages_are_found(tmp_path: Path, used_file: bytes, place: int) -> None:
+    data = bytearray(used_file)
+    for page in _tree_pages(used_file):
+        data[page + place : page + place + 8] = b"\xff" * 8
+    (tmp_path / "data.mdb").write_bytes(data)
+    with pytest.raises(ConfigError, match="is damaged"):
+        check_pages(tmp_path / "data.mdb")
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_a_page_holds_is_sound_or_a_clear_error(used_file: bytes, data: st.DataObject) -> None:
+    changed = bytearray(used_file)
+    for _ in range(data.draw(st.integers(1, 4))):
+        page = data.draw(st.sampled_from(_tree_pages(used_file)))
+        place = data.draw(st.integers(0, 4095))
+        new = data.draw(st.binary(min_size=1, max_size=min(8, 4096 - place)))
+        changed[page + place : page + place + len(new)] = new
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "data.mdb"
+        file.write_bytes(changed)
+        try:
+            check_pages(file)
+        except ConfigError as exc:
+            assert "is damaged" in str(exc)
