@@ -4,7 +4,8 @@ docs/fsck.md says what is looked for and what becomes of it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,8 @@ def run_fsck(data_dir: Path, *, dry_run: bool) -> Report:
     started_s = time.monotonic()
     fsck = LmdbFsck(directory, dry_run=dry_run)
     try:
-        with _progress() as progress:
-            bar = progress.add_task("verifying", total=fsck.payload_bytes)
-            found = fsck.run(lambda read_bytes: progress.advance(bar, read_bytes))
+        with showing_progress(fsck.payload_bytes) as progress:
+            found = fsck.run(progress)
     except BackendError as exc:
         advice = "nothing more was changed; if it is no matter of the disk, use another data directory"
         raise ConfigError(f"cannot verify {directory}: {exc}; {advice}") from exc
@@ -80,6 +80,20 @@ async def verify_backend(backend: Backend, progress: findings.Progress) -> Findi
         await _verify_batch(backend, batch, found, progress)
     found.seconds = time.monotonic() - started_s
     return found
+
+
+@contextmanager
+def showing_progress(total_bytes: int) -> Iterator[findings.Progress]:
+    """Bytes verified, rate and time left, where standard error is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # rich ends a bar with an empty line even where it never showed it.
+        yield lambda _: None
+        return
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), "left:")
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task("verifying", total=total_bytes)
+        yield lambda read_bytes: progress.advance(bar, read_bytes)
 
 
 def report(found: Findings, *, dry_run: bool) -> Report:
@@ -152,9 +166,3 @@ def _tier_directory(data_dir: Path) -> Path:
     """The directory of the disk tier; it may be named itself."""
     named = (data_dir / "data.mdb").is_file() and not (data_dir / "lmdb").exists()
     return data_dir if named else data_dir / "lmdb"
-
-
-def _progress() -> Progress:
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), "left:")
-    console = Console(stderr=True)
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
