@@ -131,7 +131,7 @@ async def test_a_storm_with_kills_of_the_client(node: tuple[Ceph, S3Server], tmp
 
 def _rage(proxy: FaultProxy) -> None:
     proxy.share, proxy.stall_s, proxy.rate_bytes_per_s = 0.2, 2.0, 200_000
-    proxy.kinds = (*FAULTS, "corrupt_request", "corrupt_answer")
+    proxy.kinds = (*FAULTS, "corrupt_request")
 
 
 def _storm_settings(server: S3Server, proxy: FaultProxy) -> S3Settings:

@@ -320,6 +320,17 @@ async def test_a_frame_of_a_later_version_is_left_alone(moto: S3Server) -> None:
     assert moto.read(settings, KEYS[0]) == later
 
 
+async def test_a_frame_larger_than_this_server_takes_is_left_alone(moto: S3Server) -> None:
+    settings = moto.settings()
+    async with opened(settings) as backend:
+        await backend.put(ITEMS[:1])
+    async with opened(dataclasses.replace(settings, frame_bytes_max=5000)) as backend:
+        assert (await backend.match(KEYS[:1])).held == []
+        small = make_frame(KEYS[0], (100,), seed=1)
+        assert (await backend.put([(KEYS[0], small)]))[0].outcome is Outcome.OTHER
+    assert moto.read(settings, KEYS[0]) == frame_bytes(FRAMES[0])
+
+
 # The rebuilding of the index
 
 

@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING
 from kvstore.backend import Ack, Held, Match, Miss, Outcome, Reason, State, Stored, put_outcome
 from kvstore.backends.breaker import Breaker
 from kvstore.backends.index import held_from
-from kvstore.backends.s3_calls import AbsentError, Calls, ChangedError, DamagedError, Deadline, DeadlineError
+from kvstore.backends.s3_calls import (
+    AbsentError,
+    Calls,
+    ChangedError,
+    DamagedError,
+    Deadline,
+    DeadlineError,
+    ForeignError,
+)
 from kvstore.backends.s3_index import S3Index
 from kvstore.backends.s3_locks import KeyLocks
 from kvstore.backends.s3_rebuild import Rebuild
 from kvstore.backends.s3_settings import S3Settings
-from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError, ConfigError, FrameVersionError
+from kvstore.backends.s3_write import write_frame
+from kvstore.errors import BackendError, BackendFullError, BackendUnavailableError, ConfigError
 from kvstore.frame import Frame
 from kvstore.header import LEVELS_MAX
 from kvstore.keys import ChunkKey
@@ -34,7 +43,6 @@ __all__ = ["S3Backend", "S3Settings"]
 _GUESS_BYTES = 16 << 10
 _DELETE_KEYS_MAX = 1000
 _WRITE_TRIES = 4
-_ABORT_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +146,7 @@ class S3Backend:
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.REMOTE) -> list[Stored]:
         deadline = self._deadline()
         stored = await self._calls.collect([self._put(key, frame, deadline) for key, frame in items], deadline)
-        return [
-            Stored(Outcome.FAILED, None, _error(result)) if isinstance(result, BaseException) else result
-            for result in stored
-        ]
+        return [_failed(result) if isinstance(result, BaseException) else result for result in stored]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         deadline = self._deadline()
@@ -187,7 +192,7 @@ class S3Backend:
             found = await self._read(key, held, levels_max, deadline)
         except AbsentError:
             return self._vanished(key, held)
-        except FrameVersionError:
+        except ForeignError:
             return Miss(Reason.IDENTITY)
         except DamagedError as exc:
             async with self._locks.hold([key], deadline):
@@ -210,7 +215,7 @@ class S3Backend:
                 # the condition that a chunk must be new, least of all for one in parts.
                 new = sure and not known and size_bytes < self._settings.multipart_bytes
                 return await self._put_over(key, frame, None if new else await self._look(key, deadline), deadline)
-            except FrameVersionError:
+            except ForeignError:
                 return Stored(Outcome.OTHER, Ack.REMOTE)
 
     async def _put_over(self, key: ChunkKey, frame: Frame, found: "Found | None", deadline: Deadline) -> Stored:
@@ -237,7 +242,7 @@ class S3Backend:
                     self._vanished(key, held)
                     self._unsure.discard(key)
                     return
-                except FrameVersionError:
+                except ForeignError:
                     return
                 except DamagedError as exc:
                     await self._take_away(key, exc, deadline)
@@ -297,48 +302,18 @@ class S3Backend:
             if (found and found.etag) != (now and now.etag):
                 return False
             # Some servers take an object that nobody touched for a changed one.
-            await self._write(key, frame, None, deadline)
+            try:
+                await self._write(key, frame, None, deadline)
+            except ChangedError as exc:
+                raise BackendUnavailableError(self.name, "S3 finds a write in conflict with another") from exc
         self._damaged.discard(key)
         self._settled(key, held_from(self.name, frame))
         return True
 
     async def _write(self, key: ChunkKey, frame: Frame, expected: str | None, deadline: Deadline) -> None:
-        views = list(frame.buffers())
-        begun = partial(self._unsure.add, key)
-        if frame.size_bytes < self._settings.multipart_bytes:
-            await self._calls.run(lambda limit: self._store.write(key, views, expected, limit), deadline, begun=begun)
-            return
-        upload_id = await self._calls.run(partial(self._store.begin_parts, key), deadline)
-        try:
-            count = -(-frame.size_bytes // self._settings.part_bytes)
-            etags = await self._write_parts(key, upload_id, count, views, deadline)
-            await self._calls.run(
-                lambda limit: self._store.end_parts(key, upload_id, etags, expected, limit), deadline, begun=begun
-            )
-        except BaseException:
-            await self._abort_parts(key, upload_id)
-            raise
-
-    async def _write_parts(
-        self, key: ChunkKey, upload_id: str, count: int, views: Sequence[memoryview], deadline: Deadline
-    ) -> list[str]:
-        parts = [
-            self._calls.run(partial(self._store.write_part, key, upload_id, number, views), deadline)
-            for number in range(1, count + 1)
-        ]
-        # All must have ended before the upload is given up, or the late ones would stay behind.
-        etags = await asyncio.gather(*parts, return_exceptions=True)
-        for etag in etags:
-            if isinstance(etag, BaseException):
-                raise etag
-        return [str(etag) for etag in etags]
-
-    async def _abort_parts(self, key: ChunkKey, upload_id: str) -> None:
-        try:
-            limit = Deadline(self.name, _ABORT_S)
-            await self._calls.run(partial(self._store.abort_parts, key, upload_id), limit)
-        except (BackendError, AbsentError) as exc:
-            log.info("%s: parts of %s stay until the bucket's lifecycle takes them: %s", self.name, key.hex(), exc)
+        await write_frame(
+            self._calls, self._store, self._settings, key, frame, expected, deadline, partial(self._unsure.add, key)
+        )
 
     async def _take_away(self, key: ChunkKey, damage: DamagedError, deadline: Deadline) -> None:
         """Move a damaged object to the quarantine; its lock is held."""
@@ -407,9 +382,9 @@ def _missed(error: BaseException) -> Miss:
     raise error
 
 
-def _error(error: BaseException) -> BackendError:
+def _failed(error: BaseException) -> Stored:
     if isinstance(error, BackendError):
-        return error
+        return Stored(Outcome.FAILED, None, error)
     raise error
 
 

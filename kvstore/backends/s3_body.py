@@ -11,7 +11,7 @@ from urllib3.exceptions import HTTPError
 
 from kvstore.backend import Held, check_copy
 from kvstore.backends.index import shared_copy
-from kvstore.backends.s3_calls import ChangedError, Deadline
+from kvstore.backends.s3_calls import ChangedError, Deadline, ForeignError
 from kvstore.buffers import allocate
 from kvstore.errors import BackendError, BackendUnavailableError, FrameCorruptError, LayoutMismatchError
 from kvstore.frame import PREFIX_BYTES, Frame, Head, head_bytes, parse_head
@@ -189,8 +189,10 @@ class ReadFrame:
         if start and (etag, size_bytes) != (self.etag, self._size_bytes):
             raise ChangedError
         self.etag, self._size_bytes = etag, size_bytes
-        if not PREFIX_BYTES <= size_bytes <= self._size_bytes_max:
-            raise FrameCorruptError(f"an object of {size_bytes} bytes is no frame of this store")
+        if size_bytes > self._size_bytes_max:
+            raise ForeignError(f"an object of {size_bytes} bytes is larger than frames may be here")
+        if size_bytes < PREFIX_BYTES:
+            raise FrameCorruptError(f"an object of {size_bytes} bytes is no frame")
         if not self._left_bytes:
             raise FrameCorruptError(f"the object has no bytes from {start} on")
 

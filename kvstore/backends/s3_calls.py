@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from kvstore.backends.breaker import Breaker, Permit
-from kvstore.errors import BackendError, BackendUnavailableError, ConfigError, FrameCorruptError
+from kvstore.errors import BackendError, BackendUnavailableError, ConfigError, FrameCorruptError, FrameError
 from kvstore.metrics import Metrics
 
 _WATCH_S = 0.05
@@ -33,6 +33,10 @@ class AbsentError(Exception):
 
 class ChangedError(Exception):
     """The object is not what the request took it for."""
+
+
+class ForeignError(FrameError):
+    """An object is sound for all that is known, but none that this server may take for its own or read."""
 
 
 class DamagedError(FrameCorruptError):
@@ -94,6 +98,7 @@ class Calls:
         metrics: Where to count.
 
     Attributes:
+        tier: The same.
         breaker: The same.
         available: Set while the breaker is closed.
     """
@@ -102,7 +107,7 @@ class Calls:
         self.breaker = breaker
         self.available = asyncio.Event()
         self._down = asyncio.Event()
-        self._tier = tier
+        self.tier = tier
         self._metrics = metrics
         self._lanes = {
             False: _Lane(f"kvstore-{tier}", threads),
@@ -141,7 +146,7 @@ class Calls:
                 await lane.free.acquire()
         except TimeoutError as exc:
             # The threads' own calls tell the breaker how S3 is.
-            raise DeadlineError(self._tier, "every thread was busy until the deadline") from exc
+            raise DeadlineError(self.tier, "every thread was busy until the deadline") from exc
         try:
             permit = self._admit()
             begun()
@@ -169,7 +174,7 @@ class Calls:
             await asyncio.sleep(max(_WATCH_S, self.breaker.retry_after_s))
             if not self.breaker.closed:
                 # What it says is the breaker's to know.
-                call = self.run(probe, Deadline(self._tier, timeout_s), background=True)
+                call = self.run(probe, Deadline(self.tier, timeout_s), background=True)
                 await asyncio.gather(call, return_exceptions=True)
 
     def trip(self, reason: str) -> None:
@@ -216,7 +221,7 @@ class Calls:
     def _refuse(self) -> None:
         """Refuse a call where it could not be made now."""
         if self._closed:
-            raise BackendUnavailableError(self._tier, "is closed")
+            raise BackendUnavailableError(self.tier, "is closed")
         if not self.breaker.closed and self.breaker.retry_after_s > 0:
             raise self._open_error()
 
@@ -229,7 +234,7 @@ class Calls:
     def _open_error(self) -> BreakerOpenError:
         retry_after_s = max(self.breaker.retry_after_s, _WATCH_S)
         return BreakerOpenError(
-            self._tier,
+            self.tier,
             f"left alone after failures ({self.breaker.reason}); next try in {retry_after_s:.1f} s",
             retry_after_s,
         )
@@ -242,8 +247,8 @@ class Calls:
         else:
             self.available.clear()
             self._down.set()
-        self._metrics.tier_up.labels(self._tier).set(self.breaker.closed)
-        self._metrics.breaker_opened.labels(self._tier).inc(self.breaker.opened - self._opened_seen)
+        self._metrics.tier_up.labels(self.tier).set(self.breaker.closed)
+        self._metrics.breaker_opened.labels(self.tier).inc(self.breaker.opened - self._opened_seen)
         self._opened_seen = self.breaker.opened
 
     def _forget(self, task: "asyncio.Task[Any]") -> None:

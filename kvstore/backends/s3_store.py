@@ -1,7 +1,7 @@
 """The bucket behind `S3Backend`: plain blocking calls of boto3 for its threads.
 
 One object a frame, `{prefix}{namespace}/{digest}` in hexadecimal, its body the frame's bytes and nothing else that is
-needed, so any tool can copy a bucket. Damaged objects move to `{prefix}quarantine/...`. boto3 is imported only here.
+needed, so any tool can copy a bucket. Damaged objects move to `{prefix}quarantine/...`.
 """
 
 import re
@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -23,7 +21,8 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError
 
 from kvstore.backends.s3_body import Found, ReadFrame, WriteBody, slice_views
-from kvstore.backends.s3_calls import AbsentError, ChangedError, DamagedError, Deadline, DeadlineError
+from kvstore.backends.s3_calls import AbsentError, ChangedError, DamagedError, Deadline, DeadlineError, ForeignError
+from kvstore.backends.s3_client import advice, encryption, make_client
 from kvstore.backends.s3_settings import S3Settings
 from kvstore.errors import (
     BackendError,
@@ -74,13 +73,13 @@ class S3Store:
         self._settings = settings
         self._tier = tier
         self._metrics = metrics
-        self._encryption = _encryption(settings)
+        self._encryption = encryption(settings)
         self._calling = threading.local()
         self._conditional = True
         if settings.ca_bundle is not None and not settings.ca_bundle.is_file():
             raise ConfigError(f"s3: there is no CA bundle {settings.ca_bundle}")
         try:
-            self._client = _client(settings)
+            self._client = make_client(settings)
         except (BotoCoreError, ValueError, OSError) as exc:
             raise ConfigError(f"s3: no client can be made of these settings: {exc}") from exc
         # botocore's retries know nothing of deadlines.
@@ -105,9 +104,9 @@ class S3Store:
                     raise
                 raise ConfigError(f"s3: the endpoint's certificate is not trusted, set ca_bundle: {exc}") from exc
             except ClientError as exc:
-                if (advice := _advice(self._settings, _status(exc))) is None:
+                if (found := advice(self._settings, _status(exc))) is None:
                     raise
-                raise ConfigError(f"s3: {advice}") from exc
+                raise ConfigError(f"s3: {found}") from exc
 
     def read(self, key: ChunkKey, guess_bytes: int, levels_max: int, deadline: Deadline) -> Found:
         """The frame under a key, verified, with its first `levels_max` levels (0: the head alone, unverified).
@@ -121,7 +120,7 @@ class S3Store:
         Raises:
             AbsentError: There is no such object.
             DamagedError: It is not that frame.
-            FrameVersionError: It is a frame of a version that this build does not know.
+            ForeignError: It is larger than any frame here, or has a version that this build does not know.
             BackendError: It could not be read.
         """
 
@@ -146,7 +145,9 @@ class S3Store:
                 except ChangedError:
                     # It was replaced between two requests for it.
                     continue
-                except FrameVersionError:
+                except FrameVersionError as exc:
+                    raise ForeignError(str(exc)) from exc
+                except ForeignError:
                     raise
                 except FrameError as exc:
                     raise DamagedError(str(exc), reading.etag) from exc
@@ -227,7 +228,11 @@ class S3Store:
         bucket = self._settings.bucket
         with self._request("delete", deadline):
             if len(keys) == 1:
-                self._client.delete_object(Bucket=bucket, Key=self.name_of(keys[0]))
+                try:
+                    self._client.delete_object(Bucket=bucket, Key=self.name_of(keys[0]))
+                except ClientError as exc:
+                    if _code(exc) not in _ABSENT:
+                        raise
                 return []
             names = {self.name_of(key): key for key in keys}
             wanted = {"Objects": [{"Key": name} for name in names], "Quiet": True}
@@ -285,6 +290,8 @@ class S3Store:
         try:
             call(**request, **(condition if self._conditional else {}))
         except ClientError as exc:
+            if condition and _code(exc) in _ABSENT:
+                raise ChangedError(_code(exc)) from exc
             if not condition or not self._conditional or _code(exc) != "NotImplemented":
                 raise
             self._conditional = False
@@ -334,55 +341,11 @@ _OUTCOMES: dict[type[Exception], str] = {
     AbsentError: "absent",
     ChangedError: "changed",
     DamagedError: "damaged",
+    ForeignError: "foreign",
     DeadlineError: "deadline",
     BackendUnavailableError: "unavailable",
     BackendFullError: "full",
 }
-
-
-def _client(settings: S3Settings) -> Any:
-    session = boto3.session.Session(
-        aws_access_key_id=settings.access_key,
-        aws_secret_access_key=settings.secret_key,
-        aws_session_token=settings.session_token,
-        region_name=settings.region,
-    )
-    path_style = settings.endpoint_url is not None if settings.path_style is None else settings.path_style
-    config = Config(
-        connect_timeout=min(settings.connect_timeout_s, settings.deadline_s),
-        read_timeout=min(settings.read_timeout_s, settings.deadline_s),
-        max_pool_connections=settings.threads + settings.rebuild_threads,
-        retries={"total_max_attempts": settings.attempts, "mode": settings.retry_mode},
-        s3={"addressing_style": "path" if path_style else "auto"},
-        # Frames carry checksums of their own, and many servers get these ones wrong for a part of an object. What is
-        # sent is still guarded: the signature covers its SHA-256.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    region = None if session.region_name or settings.endpoint_url is None else "us-east-1"
-    verify = None if settings.ca_bundle is None else str(settings.ca_bundle)
-    return session.client("s3", endpoint_url=settings.endpoint_url, region_name=region, verify=verify, config=config)
-
-
-def _encryption(settings: S3Settings) -> dict[str, str]:
-    if settings.encryption == "none":
-        return {}
-    key = {} if settings.kms_key_id is None else {"SSEKMSKeyId": settings.kms_key_id}
-    return {"ServerSideEncryption": settings.encryption} | key
-
-
-def _advice(settings: S3Settings, status: int) -> str | None:
-    """What to do about the answer to a question for the bucket; None where waiting may help."""
-    server = settings.endpoint_url or "Amazon S3"
-    where = f"the bucket {settings.bucket!r} at {server}"
-    return {
-        301: f"{where} lies in another region: set region",
-        400: f"{where} could not be asked: check region and credentials",
-        401: f"{where} wants credentials: check access_key and secret_key",
-        403: f"{where} refuses these credentials: check access_key, secret_key, this machine's clock, and that they "
-        "may list the bucket and get, put and delete objects",
-        404: f"there is no bucket {settings.bucket!r} at {server}: create it or set bucket",
-    }.get(status)
 
 
 def _code(exc: ClientError) -> str:
