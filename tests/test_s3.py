@@ -6,18 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvstore.backend import Ack, Miss, Outcome, Reason
+from kvstore.backend import Ack, Backend, Miss, Outcome, Reason
 from kvstore.backends.s3 import S3Backend, S3Settings
 from kvstore.errors import BackendFullError, ConfigError
 from kvstore.frame import Frame, parse_frame
 from kvstore.metrics import Metrics
-from kvstore.testing import make_frame, make_key
+from kvstore.testing import BackendSuite, make_frame, make_key
 from tests.fault_proxy import fault_proxy
 from tests.frames import forge, frame_bytes, header_fields
 from tests.s3_servers import BUCKET, S3Server, free_port, name_of, running_moto, running_rclone
@@ -69,6 +69,20 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 
 def data(answer: Frame | Miss) -> bytes | Reason:
     return answer.reason if isinstance(answer, Miss) else frame_bytes(answer)
+
+
+class TestSuite(BackendSuite):
+    """tests/s3_on_ceph.py runs it on a server that keeps what it is given."""
+
+    bounded = False
+    examples = 5
+
+    @pytest.fixture(autouse=True)
+    def _serve(self, moto: S3Server) -> None:
+        self.server = moto
+
+    def open_backend(self) -> AbstractAsyncContextManager[Backend]:
+        return opened(self.server.settings())
 
 
 # What lies in the bucket
