@@ -106,6 +106,9 @@ def _add_fsck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data directory of the server (kvstore-data)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the settings of the server")
     parser.add_argument("--dry-run", action="store_true", help="change nothing; exit status 1 where damage was found")
+    parser.add_argument(
+        "--s3", action="store_true", help="read and verify the bucket too; a server may use it meanwhile"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_fsck)
 
@@ -195,17 +198,22 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _fsck(args: argparse.Namespace) -> int:
-    from kvstore.fsck import exit_status, run_fsck, tables
+    from kvstore.fsck import exit_status, run_fsck, run_s3_fsck, tables
 
     config = load_config({"data_dir": args.data_dir}, os.environ, args.config)
-    report = run_fsck(config.data_dir, dry_run=args.dry_run)
+    if args.s3 and args.dry_run:
+        raise ConfigError("--s3 cannot be a dry run: the tier puts damage into quarantine as it reads it")
+    reports = [run_fsck(config.data_dir, dry_run=args.dry_run)]
+    if args.s3:
+        reports.append(asyncio.run(run_s3_fsck(config)))
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(reports[0] | ({"s3": reports[1]} if args.s3 else {})))
     else:
         from rich.console import Console
 
-        Console().print(*tables(report))
-    return exit_status(report)
+        for report in reports:
+            Console().print(*tables(report))
+    return exit_status(*reports)
 
 
 def _size(text: str) -> int:

@@ -3,6 +3,7 @@
 docs/fsck.md says what is looked for and what becomes of it.
 """
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +15,22 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from kvstore.backend import Backend, Held, Miss, Reason
+from kvstore.backend import Backend, Held, Miss, Reason, state_of
 from kvstore.backends import findings
 from kvstore.backends.findings import Damage, Findings
 from kvstore.backends.index import copy_bytes
 from kvstore.backends.lmdb_fsck import LmdbFsck
+from kvstore.config import ServerConfig
 from kvstore.errors import BackendError, ConfigError
 from kvstore.keys import ChunkKey
+from kvstore.metrics import Metrics
+from kvstore.tiers import open_s3
 
 Report = dict[str, Any]
 
 _BATCH_CHUNKS = 64
 _BATCH_BYTES = 64 << 20
+_LISTING_S = 0.05
 
 
 def run_fsck(data_dir: Path, *, dry_run: bool) -> Report:
@@ -54,6 +59,32 @@ def run_fsck(data_dir: Path, *, dry_run: bool) -> Report:
         fsck.close()
     found.seconds = time.monotonic() - started_s
     return report(found, dry_run=dry_run) | {"path": str(directory)}
+
+
+async def run_s3_fsck(config: ServerConfig) -> Report:
+    """Read and verify every chunk in the bucket of a configuration; what is damaged goes to quarantine there.
+
+    Returns:
+        What was found, see `report`; `path` names bucket and prefix.
+
+    Raises:
+        ConfigError: No bucket is configured, or it cannot be read.
+    """
+    if config.s3_bucket is None:
+        raise ConfigError("no bucket is configured: set s3_bucket, in the file of --config or in the environment")
+    path = f"s3://{config.s3_bucket}/{config.s3_prefix}"
+    s3 = await open_s3(config, Metrics())
+    try:
+        while (state := state_of(s3)).detail:
+            if not state.up:
+                raise ConfigError(f"cannot read {path}: {state.detail}")
+            await asyncio.sleep(_LISTING_S)
+        total_bytes = sum([copy_bytes(held.copy) async for _, held in s3.scan()])
+        with showing_progress(total_bytes) as progress:
+            found = await verify_backend(s3, progress)
+    finally:
+        await s3.aclose()
+    return report(found, dry_run=False) | {"path": path}
 
 
 async def verify_backend(backend: Backend, progress: findings.Progress) -> Findings:

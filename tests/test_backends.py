@@ -81,7 +81,7 @@ async def _engine() -> AsyncIterator[Backend]:
         async with running_server(config) as url:
             policies = Policies()
             gpu = await GpuBackend.open(BUDGET // 4, device="cpu", policies=policies)
-            tiers = [gpu, HostBackend(BUDGET // 4, policies=policies), Client(url)]
+            tiers: list[Backend] = [gpu, HostBackend(BUDGET // 4, policies=policies), Client(url)]
             backend = TieredBackend(tiers, promoted=["gpu"], policies=policies)
             yield backend
             await backend.aclose()

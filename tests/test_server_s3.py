@@ -1,6 +1,9 @@
 """A server with S3 below: what it answers, what it finds again, and how an outage shows."""
 
 import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 
 from kvstore.config import ServerConfig
 from kvstore.errors import ConfigError
+from kvstore.fsck import run_s3_fsck
 from kvstore.server import running_server
 from kvstore.testing import make_frame, make_key
 from tests.conftest import FRAME, Server, Start, path_of
@@ -107,3 +111,36 @@ async def test_the_start_says_what_is_wrong_with_the_bucket(moto: S3Server, tmp_
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ServerConfig(**wrong)
+
+
+async def test_fsck_verifies_the_bucket_too(start: Start, moto: S3Server, tmp_path: Path) -> None:
+    settings = s3(moto, "fsck")
+    server = await start(**settings, data_dir=tmp_path / "data")
+    for key in KEYS:
+        await server.put(make_frame(key), "remote")
+    await server.stop()
+    damaged = f"fsck/{KEYS[0][:16].hex()}/{KEYS[0][16:].hex()}"
+    body = bytearray(moto.client.get_object(Bucket=BUCKET, Key=damaged)["Body"].read())
+    body[-20] ^= 1
+    moto.client.put_object(Bucket=BUCKET, Key=damaged, Body=bytes(body))
+    file = tmp_path / "kvstore.yaml"
+    file.write_text(json.dumps(settings | {"data_dir": str(tmp_path / "data")}))
+    command = [sys.executable, "-m", "kvstore", "fsck", "--s3", "--json", "--config", str(file)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["status"], report["chunks"]) == ("clean", len(KEYS))
+    assert (report["s3"]["status"], report["s3"]["chunks"]) == ("mended", len(KEYS) - 1)
+    assert report["s3"]["quarantined"] == 1
+    assert report["s3"]["path"] == f"s3://{BUCKET}/fsck/"
+    dry = await asyncio.to_thread(subprocess.run, [*command, "--dry-run"], capture_output=True, text=True)
+    assert (dry.returncode, dry.stdout) == (2, "")
+    assert "dry run" in dry.stderr
+
+
+async def test_fsck_says_that_the_bucket_cannot_be_read(moto: S3Server, tmp_path: Path) -> None:
+    config = ServerConfig(data_dir=tmp_path, **s3(moto, "gone", s3_endpoint=f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(ConfigError, match="cannot read s3://"):
+        await run_s3_fsck(config)
+    with pytest.raises(ConfigError, match="no bucket"):
+        await run_s3_fsck(ServerConfig(data_dir=tmp_path))

@@ -45,7 +45,7 @@ async def open_tiers(config: ServerConfig, metrics: Metrics) -> TieredBackend:
                     metrics=metrics,
                 )
         if config.s3_bucket is not None:
-            tiers.append(await _open_s3(config, metrics))
+            tiers.append(await open_s3(config, metrics))
             if config.s3_write == "behind":
                 tiers[-1] = WriteBehind(
                     tiers[-1],
@@ -83,7 +83,12 @@ async def _open_gpu(config: ServerConfig, metrics: Metrics, policies: Policies) 
     return tier
 
 
-async def _open_s3(config: ServerConfig, metrics: Metrics) -> Backend:
+async def open_s3(config: ServerConfig, metrics: Metrics) -> Backend:
+    """Open the S3 tier that a configuration describes.
+
+    Raises:
+        ConfigError: It cannot be used as it is configured.
+    """
     s3 = _optional("s3", "s3")
     settings = s3.S3Settings(
         bucket=config.s3_bucket,
