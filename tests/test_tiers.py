@@ -1,6 +1,7 @@
 """The stack: promotion, levels from different tiers, deletes that stay deleted, pins, purges, coders by tier."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvstore.client import Client
 from kvstore.errors import BackendBusyError, BackendError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
 from kvstore.header import Behind
+from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 from kvstore.testing import FaultyBackend, make_frame, make_key
 from kvstore.testing.frames import NAMESPACE
@@ -105,6 +107,67 @@ async def test_a_get_that_began_before_a_delete_does_not_bring_the_chunk_back() 
     await asyncio.gather(reading, deleting)
     assert (await upper.match(KEYS[:1])).held == []
     assert await stack.get(KEYS[:1]) == [Miss(Reason.ABSENT)]
+
+
+async def test_a_delete_while_a_chunk_is_copied_up_is_not_undone() -> None:
+    fast, host = FaultyBackend(HostBackend(1 << 20, name="gpu")), HostBackend(1 << 20)
+    lower = HostBackend(1 << 20, name="lower")
+    stack = TieredBackend([fast, host, lower])
+    await lower.put(ITEMS[:2])
+    fast.gate.clear()
+    reading = asyncio.create_task(stack.get(KEYS[:2]))
+    fast.gate.set()
+    while fast.calls != ["get"]:
+        await asyncio.sleep(0)
+    fast.gate.clear()
+    while fast.calls != ["get", "put"]:
+        await asyncio.sleep(0)
+    deleting = asyncio.create_task(stack.delete(KEYS[:1]))
+    while fast.calls != ["get", "put", "delete"]:
+        await asyncio.sleep(0)
+    fast.gate.set()
+    await asyncio.gather(reading, deleting)
+    assert await stack.get(KEYS[:1]) == [Miss(Reason.ABSENT)]
+    assert len((await host.match(KEYS[1:2])).held) == 1
+
+
+async def test_a_get_during_a_trim_does_not_undo_it() -> None:
+    class SlowToTrim(HostBackend):
+        async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
+            begun.set()
+            await go_on.wait()
+            await super().trim(keys, level=level)
+
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    upper, lower = HostBackend(1 << 20), SlowToTrim(1 << 20, name="lower")
+    stack = TieredBackend([upper, lower])
+    await stack.put(ITEMS[:1])
+    trimming = asyncio.create_task(stack.trim(KEYS[:1], level=0))
+    await begun.wait()
+    await stack.get(KEYS[:1])
+    go_on.set()
+    await trimming
+    assert [len(held.copy.level_bytes) for held in (await upper.match(KEYS[:1])).held] == [1]
+
+
+async def test_a_get_that_began_before_a_put_does_not_copy_up_what_that_replaced() -> None:
+    class SlowToAnswer(HostBackend):
+        async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+            found = await super().get(keys, level=level)
+            begun.set()
+            await go_on.wait()
+            return found
+
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    fast, host = HostBackend(1 << 20, name="gpu"), SlowToAnswer(1 << 20)
+    stack = TieredBackend([fast, host], promoted=["gpu"])
+    await stack.put([(KEYS[0], make_frame(KEYS[0], seed=2, behind=Behind(0, 0.1)))])
+    early = asyncio.create_task(stack.get(KEYS[:1]))
+    await begun.wait()
+    assert (await stack.put(ITEMS[:1]))[0].outcome is Outcome.WRITTEN
+    go_on.set()
+    await early
+    assert await stack.get(KEYS[:1]) == [FRAMES[0]]
 
 
 async def test_a_failing_tier_is_a_miss_for_what_only_it_has() -> None:

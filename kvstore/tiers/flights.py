@@ -1,7 +1,7 @@
 """One read for all who want the same chunk of the same tier at the same time."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore.backend import Backend, Miss
 from kvstore.frame import Frame
@@ -41,9 +41,10 @@ class Flights:
             found |= await asyncio.shield(task)
         return {key: _cut(found[key], level) for key in joined}, set(led)
 
-    def forget(self) -> None:
-        """Let nobody join the reads that are under way: what they bring may be gone by now."""
-        self._under_way.clear()
+    def forget(self, keys: Iterable[ChunkKey]) -> None:
+        """Let nobody join the reads of these chunks that are under way: what they bring may be gone by now."""
+        for key in keys:
+            self._under_way.pop(key, None)
 
     async def _read(self, keys: list[ChunkKey], level: int | None) -> Answers:
         return dict(zip(keys, await self._tier.get(keys, level=level), strict=True))

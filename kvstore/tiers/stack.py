@@ -8,8 +8,8 @@ in the `Policies` that all of them share.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby, pairwise
 from operator import attrgetter
 
@@ -31,6 +31,7 @@ from kvstore.errors import BackendBusyError, BackendError, BackendFullError, Bac
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.changes import Changes
 from kvstore.tiers.coders import Coders, Recode
 from kvstore.tiers.flights import Flights
 
@@ -76,8 +77,7 @@ class TieredBackend:
         self._metrics = metrics or Metrics()
         self._flights = [Flights(tier) for tier in self.tiers]
         self._pinned_bytes: dict[ChunkKey, int] = {}
-        # Counts trims and deletes, so that a get which began before one does not bring back what it took away.
-        self._removals = 0
+        self.changes = Changes()
 
     @property
     def state(self) -> State:
@@ -103,50 +103,36 @@ class TieredBackend:
         return Match(await self._with_all_levels(keys, run), miss)
 
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
-        removals = self._removals
         found: dict[ChunkKey, Frame | Miss] = {}
         tier_of: dict[ChunkKey, str] = {}
-        for depth, tier in enumerate(self.tiers):
-            served, led = await self._get_more(depth, keys, level, found, tier_of)
-            tier_of |= dict.fromkeys(served, tier.name)
-            if depth and self._removals == removals:
-                await self._promote(depth, {key: served[key] for key in served if key in led})
+        with self.changes.watching(keys) as changed:
+            for depth, tier in enumerate(self.tiers):
+                served, led = await self._get_more(depth, keys, level, found, tier_of)
+                tier_of |= dict.fromkeys(served, tier.name)
+                if depth:
+                    await self._promote(depth, {key: served[key] for key in served if key in led}, changed)
         self._count(keys, found, tier_of)
         return [found[key] for key in keys]
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
         self._note_order(items)
-        results: list[list[Stored]] = [[] for _ in items]
-        for position, (key, frame) in enumerate(items):
-            results[position] += await self._refusal(key, frame, ack)
-        # Lowest tier first: a bounded queue that refuses must do so before anything was stored above it, and the
-        # tier that outlives the others decides which of two frames stays.
-        for tier in reversed(self.tiers):
-            wanted = [n for n, past in enumerate(results) if not any(s.outcome is Outcome.OTHER for s in past)]
-            if tier.name in self._promoted:
-                await self._drop_others(tier, [items[n] for n in wanted])
-                continue
-            stored = await self._put_to(tier, [items[n] for n in wanted], ack)
-            for position, result in zip(wanted, stored, strict=True):
-                results[position].append(result)
-        merged = [_merge(past, ack) for past in results]
+        with self._changing([key for key, _ in items]):
+            merged = [_merge(past, ack) for past in await self._put(items, ack)]
         for result in merged:
             self._metrics.puts.labels(result.outcome.value).inc()
         return merged
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
-        self._remove()
-        for tier in self.tiers:
-            await tier.trim(keys, level=level)
-        self._remove()
+        # In the order of puts, so that a put under way is not left in the upper tiers only.
+        with self._changing(keys):
+            for tier in reversed(self.tiers):
+                await tier.trim(keys, level=level)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
-        self._remove()
         self.policies.pins.unpin(keys)
-        # In the order of puts, so that a put under way is not left in the upper tiers only.
-        for tier in reversed(self.tiers):
-            await tier.delete(keys)
-        self._remove()
+        with self._changing(keys):
+            for tier in reversed(self.tiers):
+                await tier.delete(keys)
 
     async def purge(self, namespace: bytes) -> int:
         """Delete every chunk of a namespace that is held when it is called, and say how many there were."""
@@ -266,15 +252,32 @@ class TieredBackend:
             log.warning("reading from %s failed: %s", self.tiers[depth].name, exc)
             return dict.fromkeys(keys, Miss(Reason.BREAKER)), ()
 
-    async def _promote(self, depth: int, served: dict[ChunkKey, Frame]) -> None:
-        """Copy what a tier served into the tiers above it, as far as they have room."""
+    async def _put(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[list[Stored]]:
+        """The answers of the tiers to each put."""
+        results: list[list[Stored]] = [[] for _ in items]
+        for position, (key, frame) in enumerate(items):
+            results[position] += await self._refusal(key, frame, ack)
+        # Lowest tier first: a bounded queue that refuses must do so before anything was stored above it, and the
+        # tier that outlives the others decides which of two frames stays.
+        for tier in reversed(self.tiers):
+            wanted = [n for n, past in enumerate(results) if not any(s.outcome is Outcome.OTHER for s in past)]
+            if tier.name in self._promoted:
+                await self._drop_others(tier, [items[n] for n in wanted])
+                continue
+            stored = await self._put_to(tier, [items[n] for n in wanted], ack)
+            for position, result in zip(wanted, stored, strict=True):
+                results[position].append(result)
+        return results
+
+    async def _promote(self, depth: int, served: dict[ChunkKey, Frame], changed: Collection[ChunkKey]) -> None:
+        """Copy what a tier served into the tiers above it, as far as they have room and it did not change."""
         if self._coders.differ:
             # Of a part of a frame nobody can say what it would be under another coder.
             served = {key: frame for key, frame in served.items() if frame.whole}
         for tier in self.tiers[:depth] if served else ():
             # What could not be copied up is still served.
             with suppress(BackendUnavailableError):
-                await self._put_to(tier, list(served.items()), Ack.MEMORY)
+                await self._put_to(tier, list(served.items()), Ack.MEMORY, unless=changed)
 
     async def _refusal(self, key: ChunkKey, frame: Frame, ack: Ack) -> list[Stored]:
         """The answer of the first tier that holds another frame under this key, if there is one.
@@ -294,12 +297,19 @@ class TieredBackend:
             if match.held and await self._coders.outcome(frame, tier, match.held[0]) is Outcome.WRITTEN:
                 await tier.delete([key])
 
-    async def _put_to(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
+    async def _put_to(
+        self,
+        tier: Backend,
+        items: Sequence[tuple[ChunkKey, Frame]],
+        ack: Ack,
+        *,
+        unless: Collection[ChunkKey] = frozenset(),
+    ) -> list[Stored]:
         """Put to one tier; its failure is an answer, unless it asks to be tried again later."""
-        if not items:
-            return []
         try:
-            return await tier.put(await self._coded(tier, items), ack=ack)
+            # Looked at after coding, which takes time.
+            coded = [item for item in await self._coded(tier, items) if item[0] not in unless]
+            return await tier.put(coded, ack=ack) if coded else []
         except BackendBusyError:
             raise
         except KVStoreError as exc:
@@ -339,10 +349,19 @@ class TieredBackend:
             if same and first.head.header.tokens and end == second.head.header.first_position:
                 self.policies.history.follow([before, key])
 
-    def _remove(self) -> None:
-        self._removals += 1
+    @contextmanager
+    def _changing(self, keys: Sequence[ChunkKey]) -> Iterator[None]:
+        """Chunks change in this block: what was read before is not copied up, and nobody joins a read of it."""
+        with self.changes.making(keys):
+            self._forget_flights(keys)
+            try:
+                yield
+            finally:
+                self._forget_flights(keys)
+
+    def _forget_flights(self, keys: Sequence[ChunkKey]) -> None:
         for flights in self._flights:
-            flights.forget()
+            flights.forget(keys)
 
     def _count(
         self, keys: Sequence[ChunkKey], found: dict[ChunkKey, Frame | Miss], tier_of: dict[ChunkKey, str]
