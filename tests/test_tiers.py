@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.backend import Ack, Miss, Outcome, Reason, State
+from kvstore.backend import Ack, Match, Miss, Outcome, Reason, State
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
 from kvstore.backends.policies import Pins, Policies
@@ -244,6 +244,50 @@ async def test_a_tier_that_cannot_be_asked_does_not_keep_the_others_from_serving
         found = await stack.get(KEYS[:3])
         assert [isinstance(frame, Frame) for frame in found] == [True, True, False]
         assert found[2] == Miss(Reason.BREAKER)
+
+
+class Asked(HostBackend):
+    """Counts how often it is asked what it holds, and may not answer."""
+
+    def __init__(self, *, answers: bool = True) -> None:
+        super().__init__(16 << 20, name="lower")
+        self.asked = 0
+        self._answers = answers
+
+    async def match(self, keys: Sequence[ChunkKey]) -> Match:
+        self.asked += 1
+        if not self._answers:
+            raise BackendUnavailableError("lower", "does not answer")
+        return await super().match(keys)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_tier_is_not_asked_for_each_chunk_of_which_another_has_a_part(answers: bool) -> None:
+    """A server that hangs would be waited for as often, and one that does not has its round trips."""
+    keys = [make_key(number) for number in range(60)]
+    upper, lower = HostBackend(16 << 20), Asked(answers=answers)
+    stack = TieredBackend([upper, lower])
+    await upper.put([(key, make_frame(key).truncated(0)) for key in keys])
+    await lower.put([(key, make_frame(key)) for key in keys[:40]])
+    assert [len(held.copy.level_bytes) for held in (await stack.match(keys[:40])).held] == [3 if answers else 1] * 40
+    assert lower.asked <= 2
+    found = await stack.get(keys[:40])
+    assert [frame.levels for frame in found if isinstance(frame, Frame)] == [3 if answers else 1] * 40
+    assert lower.asked <= 4
+
+
+async def test_levels_are_found_below_behind_gaps_and_in_long_prompts() -> None:
+    keys = [make_key(number) for number in range(2_500)]
+    frames = [make_frame(key, (3, 2)) for key in keys]
+    upper, lower = HostBackend(64 << 20), HostBackend(64 << 20, name="lower")
+    stack = TieredBackend([upper, lower])
+    await upper.put([(key, frame.truncated(0)) for key, frame in zip(keys, frames, strict=True)])
+    below = [n for n in range(len(keys)) if n not in (0, 7, 8, 1023, 1024, 1025, 2499)]
+    await lower.put([(keys[n], frames[n]) for n in below])
+    match = await stack.match(keys)
+    assert [n for n, held in enumerate(match.held) if held.copy.whole] == below
+    found = await stack.get(keys)
+    assert [n for n, frame in enumerate(found) if isinstance(frame, Frame) and frame.whole] == below
 
 
 async def test_pinned_chunks_stay_until_their_time_and_others_go() -> None:

@@ -225,9 +225,10 @@ class TieredBackend:
         """
         tier = self.tiers[depth]
         wanted = [key for key in keys if not _satisfies(found.get(key), level)]
-        wanted = [
-            key for key in wanted if not isinstance(found.get(key), Frame) or await self._has_more(tier, key, found)
-        ]
+        partial = {key: frame for key in wanted if isinstance(frame := found.get(key), Frame)}
+        if partial:
+            more = await self._with_more(tier, partial)
+            wanted = [key for key in wanted if key not in partial or key in more]
         if not wanted:
             return {}, ()
         answers, led = await self._read(depth, wanted, level)
@@ -326,11 +327,15 @@ class TieredBackend:
             for one, (key, frame) in zip(held, items, strict=True)
         ]
 
-    async def _has_more(self, tier: Backend, key: ChunkKey, found: dict[ChunkKey, Frame | Miss]) -> bool:
-        """Whether a tier holds more levels of the frame that was found; asked from memory."""
-        frame = found[key]
-        match = await _match(tier, [key])
-        return isinstance(frame, Frame) and bool(match.held) and self._coders.may_extend(match.held[0], frame)
+    async def _with_more(self, tier: Backend, partial: dict[ChunkKey, Frame]) -> set[ChunkKey]:
+        """Those frames that were found of which a tier holds more levels; asked from memory."""
+        keys = list(partial)
+        return {
+            key
+            async for start, run in _runs(tier, keys)
+            for key, held in zip(keys[start:], run, strict=False)
+            if self._coders.may_extend(held, partial[key])
+        }
 
     async def _better(self, before: Frame | Miss | None, after: Frame | Miss, tier: str) -> Frame | Miss:
         """The more useful of two answers, the first from `tier`; levels of different frames are never joined."""
@@ -383,16 +388,31 @@ async def _match(tier: Backend, keys: Sequence[ChunkKey]) -> Match:
         return Match([], Miss(Reason.BREAKER))
 
 
+async def _runs(tier: Backend, keys: Sequence[ChunkKey]) -> AsyncIterator[tuple[int, list[Held]]]:
+    """Runs of chunks that a tier holds, each with the position of its first; none behind where asking fails."""
+    start = 0
+    try:
+        while start < len(keys):
+            held, _ = await tier.match(keys[start : start + _WINDOW])
+            if held:
+                yield start, held
+            # Where a run ends before its window, the next chunk is known not to be held.
+            start += len(held) if len(held) == _WINDOW else len(held) + 1
+    except KVStoreError as exc:
+        # Whoever does not answer once is not asked again for each chunk.
+        log.warning("asking %s failed: %s", tier.name, exc)
+
+
 async def _overlay(tier: Backend, keys: Sequence[ChunkKey], run: list[Held], start: int, end: int) -> None:
     """Replace copies from `start` to `end` by a tier's copies of the same frames that have more levels."""
-    while start < end:
-        match = await _match(tier, keys[start:end])
-        for position, held in enumerate(match.held, start):
-            if held.frame_id == run[position].frame_id and len(held.copy.level_bytes) > len(
-                run[position].copy.level_bytes
-            ):
+    async for offset, found in _runs(tier, keys[start:end]):
+        if found[0].frame_id is None:
+            # It does not tell which frames it holds.
+            return
+        for position, held in enumerate(found, start + offset):
+            before = run[position]
+            if held.frame_id == before.frame_id and len(held.copy.level_bytes) > len(before.copy.level_bytes):
                 run[position] = held
-        start += len(match.held) + 1
 
 
 def _satisfies(answer: Frame | Miss | None, level: int | None) -> bool:
