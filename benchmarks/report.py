@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.codec_pages import CODEC_PAGES
 from benchmarks.harness import RESULTS, ROOT, Row
 from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure, two_digits
+from benchmarks.tier_pages import TIER_PAGES
 
 DOCS = ROOT / "docs"
 
@@ -226,6 +227,7 @@ PAGES: Mapping[str, Page] = {
         _plot_wire,
     ),
     **CODEC_PAGES,
+    **TIER_PAGES,
 }
 """How each benchmark is shown; one that is not listed gets plain tables of its rows."""
 

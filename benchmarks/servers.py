@@ -1,5 +1,6 @@
 """Servers under test, each its own process for as long as a block runs."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 _START_S = 30.0
 _STOP_S = 30.0
@@ -57,6 +59,27 @@ def redis_server() -> Iterator[int]:
         with _process([program, str(config)]) as process:
             _wait_for(port, process)
             yield port
+
+
+@contextmanager
+def rclone_server(directory: Path) -> Iterator[dict[str, Any] | None]:
+    """A server of S3 over files; yields settings of a bucket in it, None where there is no rclone.
+
+    Args:
+        directory: Where the files go.
+    """
+    program = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if program is None:
+        yield None
+        return
+    access_key, secret_key, port = "accesskey1", "secretkey12345678", _free_port()
+    (directory / "bench").mkdir(parents=True)
+    command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{access_key},{secret_key}"]
+    command += ["--vfs-cache-mode", "off", "--config", os.devnull, "--log-level", "ERROR", str(directory)]
+    with _process(command) as process:
+        _wait_for(port, process)
+        endpoint = f"http://127.0.0.1:{port}"
+        yield {"bucket": "bench", "endpoint_url": endpoint, "access_key": access_key, "secret_key": secret_key}
 
 
 @contextmanager
