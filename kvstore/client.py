@@ -280,7 +280,7 @@ async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreEr
     try:
         answer = await _read_json(response)
         code, detail = str(answer["code"]), str(answer["detail"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return BackendError(backend, f"{response.url} answered {response.status} {response.reason}")
     if response.status == 401:
         return AuthError(detail)
@@ -303,6 +303,8 @@ def _parse_match(keys: int, answer: Answer) -> Match:
         if not 0 < count <= keys - len(held):
             raise ValueError(f"a run of {count} chunks is more than was asked for")
         held += [Held(None, _parse_copy(run))] * count
+    if (answer["miss"] is None) != (len(held) == keys):
+        raise ValueError(f"{len(held)} of {keys} chunks are said to be held, and miss is {answer['miss']!r}")
     return Match(held, None if answer["miss"] is None else Miss(_reason(answer["miss"])))
 
 
@@ -318,13 +320,16 @@ def _frame_id(chunk: Answer) -> bytes | None:
 
 
 def _parse_copy(fields: Answer) -> Copy:
-    return Copy(
+    copy = Copy(
         str(fields["tier"]),
         int(fields["head_bytes"]),
         tuple(int(size) for size in fields["level_bytes"]),
         int(fields["levels"]),
         bool(fields["inexact"]),
     )
+    if not 0 < len(copy.level_bytes) <= copy.levels or min(copy.head_bytes, *copy.level_bytes) < 0:
+        raise ValueError(f"there is no such copy: {copy}")
+    return copy
 
 
 def _reason(text: str) -> Reason:
@@ -341,4 +346,7 @@ def _parse_stored(backend: str, fields: Answer) -> Stored:
     if fields["code"] is not None:
         found = error_from(backend, str(fields["code"]), str(fields["detail"]))
         error = found if isinstance(found, BackendError) else BackendError(backend, str(found))
-    return Stored(Outcome(fields["outcome"]), ack, error)
+    outcome = Outcome(fields["outcome"])
+    if (outcome is Outcome.FAILED) != (ack is None) or (ack is None and error is None):
+        raise ValueError(f"a put cannot end so: {fields}")
+    return Stored(outcome, ack, error)

@@ -1,6 +1,7 @@
 """The client: every error comes out as ours, and a server that lies does no harm."""
 
 import asyncio
+import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,11 +11,13 @@ from aiohttp import web
 
 from kvstore import errors
 from kvstore.backend import Ack, Miss, Outcome, Reason
+from kvstore.backends.host import HostBackend
 from kvstore.client import Client, error_classes, error_from
 from kvstore.errors import BackendError, BackendUnavailableError, ConfigError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.server.problems import STATUS, status_of
 from kvstore.testing import make_frame, make_key
+from kvstore.tiers import TieredBackend
 
 KEY = make_key(1)
 FRAME = make_frame(KEY)
@@ -98,6 +101,46 @@ async def test_an_answer_that_is_no_answer_is_a_backend_error(data: bytes) -> No
     async with answering(body(data)) as client:
         with pytest.raises(BackendError):
             await client.match([KEY])
+    async with answering(body(data, 500)) as client:
+        with pytest.raises(BackendError):
+            await client.match([KEY])
+
+
+def run_of(level_bytes: list[int], levels: int = 3, head_bytes: int = 9) -> dict[str, object]:
+    copy = {"tier": "host", "head_bytes": head_bytes, "level_bytes": level_bytes, "levels": levels, "inexact": False}
+    return {"count": 1, **copy}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"runs": [], "miss": None},
+        {"runs": [run_of([1])], "miss": "absent"},
+        {"runs": [run_of([])], "miss": None},
+        {"runs": [run_of([1, 2], levels=1)], "miss": None},
+        {"runs": [run_of([1, -2])], "miss": None},
+        {"runs": [run_of([1], head_bytes=-1)], "miss": None},
+    ],
+)
+async def test_a_match_that_cannot_be_is_a_backend_error(answer: dict[str, object]) -> None:
+    """A stack would ask for ever for what it is told to be neither held nor missing."""
+    async with answering(body(json.dumps(answer).encode())) as client, asyncio.timeout(10):
+        with pytest.raises(BackendError):
+            await client.match([KEY])
+        stack = TieredBackend([HostBackend(1 << 20), client])
+        assert await stack.match([KEY]) == ([], Miss(Reason.BREAKER))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ack", "code"), [("written", None, None), ("failed", None, None), ("failed", "disk", "backend")]
+)
+async def test_a_put_that_cannot_end_so_is_a_backend_error(outcome: str, ack: str | None, code: str | None) -> None:
+    stored = {"outcome": outcome, "ack": ack, "code": code, "detail": None}
+    async with answering(body(json.dumps({"stored": [stored]}).encode())) as client:
+        with pytest.raises(BackendError):
+            await client.put([(KEY, FRAME)])
+        [result] = await TieredBackend([HostBackend(1 << 20), client]).put([(KEY, FRAME)])
+        assert (result.outcome, result.ack) == (Outcome.WRITTEN, Ack.MEMORY)
         with pytest.raises(BackendError):
             await client.put([(KEY, FRAME)])
 

@@ -93,11 +93,14 @@ class TieredBackend:
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         run: list[Held] = []
         miss: Miss | None = None
-        while len(run) < len(keys) and miss is None:
+        while len(run) < len(keys):
             longer, miss = await self._longest_run(keys[len(run) : len(run) + _WINDOW] if run else keys)
-            if longer:
-                run, miss = run + longer, None
-        if run and len(run) < len(keys):
+            if not longer:
+                break
+            run += longer
+        if len(run) == len(keys):
+            miss = None
+        elif run:
             # Whoever asked will put what is missing, and does not say what it stands on.
             self.policies.history.follow(keys[len(run) - 1 : len(run) + 1])
         return Match(await self._with_all_levels(keys, run), miss)
