@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import pytest
 
-from kvstore.backend import Ack, Miss, Outcome, Reason
+from kvstore.backend import Ack, Miss, Outcome, Reason, Stored
 from kvstore.backends.host import HostBackend
 from kvstore.errors import BackendBusyError, BackendFullError, BackendUnavailableError
 from kvstore.frame import Frame
+from kvstore.header import Behind
+from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
 from kvstore.testing import FaultyBackend, make_frame, make_key
 from kvstore.tiers import TieredBackend, WriteBehind
@@ -197,6 +200,84 @@ async def test_closing_says_what_it_wrote(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         await queue.aclose()
     assert "the 6 chunks that waited for lower are written" in caplog.text
+
+
+async def test_closing_does_not_say_that_it_wrote_what_could_not_be_written(caplog: pytest.LogCaptureFixture) -> None:
+    lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
+    queue = WriteBehind(lower, batch_bytes=1)
+    lower.gate.clear()
+    await queue.put(ITEMS)
+    closing = asyncio.create_task(queue.aclose())
+    while "put" not in lower.calls:
+        await asyncio.sleep(0)
+    lower.error = BackendFullError("lower", "full on purpose")
+    with caplog.at_level(logging.INFO):
+        lower.gate.set()
+        await closing
+    assert "6 of 6 chunks that waited for lower could not be written" in caplog.text
+    assert "are written" not in caplog.text
+
+
+async def test_an_answer_that_is_none_does_not_end_the_writing_behind() -> None:
+    class Forgetful(HostBackend):
+        async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
+            return (await super().put(items, ack=ack))[1:]
+
+    queue = WriteBehind(Forgetful(1 << 20), flush_timeout_s=5.0)
+    await queue.put(ITEMS)
+    await queue.flush()
+    await queue.aclose()
+
+
+async def test_what_is_queued_over_an_older_copy_is_what_match_and_get_answer() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(slow)
+    inexact = make_frame(KEYS[1], seed=3, behind=Behind(0, 0.1))
+    await slow.put([(KEYS[0], FRAMES[0].truncated(0)), (KEYS[1], inexact), ITEMS[2]])
+    slow.gate.clear()
+    assert [stored.outcome for stored in await queue.put(ITEMS[:2] + ITEMS[3:4])] == [
+        Outcome.EXTENDED,
+        Outcome.WRITTEN,
+        Outcome.WRITTEN,
+    ]
+    for count in (2, 4, 6):
+        match = await queue.match(KEYS[:count])
+        found = {key: held async for key, held in queue.scan()}
+        assert match.held == [found[key] for key in KEYS[: min(count, 4)]]
+        assert [held.frame_id for held in match.held] == [frame.id for frame in FRAMES[: min(count, 4)]]
+        assert {len(held.copy.level_bytes) for held in match.held} == {3}
+        assert (match.miss is None) == (count <= 4)
+    slow.gate.set()
+    await queue.aclose()
+
+
+@pytest.mark.parametrize("change", ["delete", "trim", "aclose"])
+async def test_a_put_that_waits_for_another_comes_before_what_is_asked_for_later(change: str) -> None:
+    """It must not be queued once that is done: a deleted chunk would come back, and a closed queue never be written."""
+    slow = FaultyBackend(HostBackend(1 << 20))
+    queue = WriteBehind(slow, flush_timeout_s=0.1)
+    slow.gate.clear()
+    durable = asyncio.create_task(queue.put([(KEYS[0], FRAMES[0].truncated(0))], ack=Ack.DISK))
+    while "put" not in slow.calls:
+        await asyncio.sleep(0)
+    waiting = asyncio.create_task(queue.put(ITEMS[:1]))
+    await asyncio.sleep(0)
+    if change == "aclose":
+        await queue.aclose()
+        slow.gate.set()
+        await durable
+        with pytest.raises(BackendUnavailableError, match="closing"):
+            await waiting
+        return
+    call = queue.delete(KEYS[:1]) if change == "delete" else queue.trim(KEYS[:1], level=0)
+    changing = asyncio.create_task(call)
+    await asyncio.sleep(0)
+    slow.gate.set()
+    await asyncio.gather(durable, waiting, changing)
+    await queue.flush()
+    held = (await queue.match(KEYS[:1])).held
+    assert [len(one.copy.level_bytes) for one in held] == ([] if change == "delete" else [1])
+    await queue.aclose()
 
 
 async def test_one_frame_that_a_backend_cannot_take_does_not_hold_up_the_others() -> None:

@@ -58,6 +58,7 @@ class WriteBehind:
         self._metrics = metrics or Metrics()
         self._queued: dict[ChunkKey, Frame] = {}
         self._queued_bytes = 0
+        self._lost = 0
         self._passing: Counter[ChunkKey] = Counter()
         self._wake = asyncio.Event()
         self._inner_busy = asyncio.Lock()
@@ -71,17 +72,21 @@ class WriteBehind:
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
         match = await self._inner.match(keys)
-        if not self._queued:
+        if self._queued.keys().isdisjoint(keys):
             return match
         held = list(match.held)
         # Queued chunks may fill the gap at which the inner run ends, and another inner run may follow.
-        while match.miss is not None and keys[len(held)] in self._queued:
+        while len(held) < len(keys) and keys[len(held)] in self._queued:
             for key in keys[len(held) :]:
                 if (frame := self._queued.get(key)) is None:
                     break
                 held.append(self._held(frame))
             match = await self._inner.match(keys[len(held) :])
             held += match.held
+        # As in a get, what is queued goes before what it will replace or make longer.
+        for position, key in enumerate(keys[: len(held)]):
+            if (frame := self._queued.get(key)) is not None:
+                held[position] = self._held(frame)
         return Match(held, match.miss)
 
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
@@ -93,8 +98,7 @@ class WriteBehind:
         return [found[key] for key in keys]
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
-        if self._closing.is_set():
-            raise BackendUnavailableError(self.name, "is closing")
+        self._check_open()
         if ack >= self._inner_ack:
             return await self._put_through(items, ack)
         if sum(frame.memory_bytes for _, frame in items) > self._queue_bytes_max:
@@ -104,23 +108,25 @@ class WriteBehind:
             # Another put of the same chunk is on its way to the inner backend: it decides first.
             async with self._inner_busy:
                 pass
+        self._check_open()
         news = [(key, frame) for key, frame in items if await self._is_news(key, frame)]
         if self._queued_bytes + sum(frame.memory_bytes for _, frame in news) > self._queue_bytes_max:
             return self._refuse(items)
         return [await self._accept(key, frame) for key, frame in items]
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
-        for key in keys:
-            if (frame := self._queued.get(key)) is not None:
-                self._enqueue(key, frame.truncated(level))
+        # Not before it is this one's turn: what was to be put before may only be queued by then.
         async with self._inner_busy:
+            for key in keys:
+                if (frame := self._queued.get(key)) is not None and frame.levels > level + 1:
+                    self._enqueue(key, frame.truncated(level))
             await self._inner.trim(keys, level=level)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
-        for key in keys:
-            self._dequeue(key)
-        # A batch that is being written may hold these keys: wait for it, then delete.
+        # A batch that is being written may hold these keys, and puts that wait for it may queue them.
         async with self._inner_busy:
+            for key in keys:
+                self._dequeue(key)
             await self._inner.delete(keys)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
@@ -143,7 +149,7 @@ class WriteBehind:
             return
         self._closing.set()
         self._wake.set()
-        waiting, started_s = len(self._queued), time.monotonic()
+        waiting, lost, started_s = len(self._queued), self._lost, time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._flush_timeout_s):
                 if self._task is not None:
@@ -152,8 +158,12 @@ class WriteBehind:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._report(waiting, time.monotonic() - started_s)
+        self._report(waiting, self._lost - lost, time.monotonic() - started_s)
         await self._inner.aclose()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise BackendUnavailableError(self.name, "is closing")
 
     async def _put_through(self, items: Sequence[tuple[ChunkKey, Frame]], ack: Ack) -> list[Stored]:
         keys = [key for key, _ in items]
@@ -257,7 +267,10 @@ class WriteBehind:
             errors: list[Exception | None]
             try:
                 stored = await self._inner.put(batch, ack=self._inner_ack) if batch else []
-                errors = [result.error if result.outcome is Outcome.FAILED else None for result in stored]
+                errors = [
+                    result.error if result.outcome is Outcome.FAILED else None
+                    for _, result in zip(batch, stored, strict=True)
+                ]
             except Exception as exc:  # Whatever it is, the frames behind these must still be written.
                 errors = [exc] * len(batch)
             pause_s = 0.0
@@ -274,12 +287,13 @@ class WriteBehind:
                 if error is not None:
                     failed.append(error)
         if failed:
+            self._lost += len(failed)
             self._metrics.write_failures.labels(self.name).inc(len(failed))
             log.warning("%d of %d chunks were not written to %s: %s", len(failed), len(batch), self.name, failed[0])
         return min(pause_s, _PAUSE_MAX_S)
 
-    def _report(self, waiting: int, took_s: float) -> None:
-        """Say what a shutdown wrote, and what it did not."""
+    def _report(self, waiting: int, lost: int, took_s: float) -> None:
+        """Say what a shutdown wrote, and what it did not; why some could not be written was said already."""
         if self._queued:
             log.warning(
                 "%d of %d chunks that waited for %s, %d bytes, are not known to be written after %.1f s: %s",
@@ -290,6 +304,8 @@ class WriteBehind:
                 took_s,
                 self.state.detail or "it was too slow",
             )
+        elif lost:
+            log.warning("%d of %d chunks that waited for %s could not be written", lost, waiting, self.name)
         elif waiting:
             log.info("the %d chunks that waited for %s are written, in %.1f s", waiting, self.name, took_s)
 
