@@ -243,8 +243,14 @@ class StackMachine(RuleBasedStateMachine):
 
     @rule()
     def scrub(self) -> None:
-        history = self.stack.policies.history
-        scrubber = Scrubber(self.stack.tiers, local=["host", "lmdb"], durable=["s3"], bytes_per_s=1e12, history=history)
+        scrubber = Scrubber(
+            self.stack.tiers,
+            local=["host", "lmdb"],
+            durable=["s3"],
+            bytes_per_s=1e12,
+            history=self.stack.policies.history,
+            changes=self.stack.changes,
+        )
         try:
             assert self.run(scrubber.scrub()).damaged == 0
         except BackendError:

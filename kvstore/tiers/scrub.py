@@ -1,17 +1,17 @@
 """The scrubber: reads what local tiers hold, slowly and for ever, so that damage is found before it is asked for.
 
 A tier verifies whatever it is asked for and quarantines damage by itself, so all that is left to do is to ask. And what
-a chunk's lower tier lacks, because it was down when the chunk was put, is written there now.
+the tier below lacks of a chunk, because it was down when that was put, is written there now.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvstore.backend import Ack, Backend, Miss, Outcome, Reason, state_of
+from kvstore.backend import Ack, Backend, Miss, Outcome, Reason, put_outcome, state_of
 from kvstore.backends.history import History
 from kvstore.backends.index import copy_bytes
 from kvstore.config import ServerConfig
@@ -19,6 +19,7 @@ from kvstore.errors import KVStoreError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.changes import Changes
 from kvstore.tiers.stack import TieredBackend
 
 _REST_S = 60.0
@@ -33,13 +34,15 @@ class Scrubbed(NamedTuple):
         chunks: Chunks that were read and are intact.
         read_bytes: Bytes of them.
         damaged: Chunks that were damaged, and are quarantined now.
-        written: Chunks that were written to the tier below, which lacked them.
+        written: Chunks that were written to the tier below, which lacked them, or some of their levels.
+        failed: Chunks that could not be read.
     """
 
     chunks: int = 0
     read_bytes: int = 0
     damaged: int = 0
     written: int = 0
+    failed: int = 0
 
 
 class Scrubber:
@@ -51,6 +54,7 @@ class Scrubber:
         durable: Names of those that must not lack what a tier above them holds.
         bytes_per_s: Rate of reading.
         history: Where reads of this kind are not to be noticed.
+        changes: What the stack puts and deletes meanwhile.
         metrics: Where to count; its own by default.
     """
 
@@ -62,6 +66,7 @@ class Scrubber:
         durable: Sequence[str] = (),
         bytes_per_s: float,
         history: History,
+        changes: Changes | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._tiers = tiers
@@ -71,7 +76,9 @@ class Scrubber:
         }
         self._bytes_per_s = bytes_per_s
         self._history = history
+        self._changes = changes or Changes()
         self._metrics = metrics or Metrics()
+        self._problem = ""
 
     async def run(self) -> None:
         """Scrub until cancelled."""
@@ -79,9 +86,11 @@ class Scrubber:
             try:
                 passed = await self.scrub()
                 if passed.damaged or passed.written:
-                    log.info("scrubbed %d chunks, %d bytes: %d damaged, %d written to the tier below", *passed)
-            except KVStoreError as exc:
-                log.warning("scrubbing failed, and goes on later: %s", exc)
+                    log.info("scrubbed %d chunks, %d bytes: %d damaged, %d written to the tier below", *passed[:4])
+                if passed.failed:
+                    log.warning("%d chunks could not be scrubbed; the last: %s", passed.failed, self._problem)
+            except Exception:  # Whatever it is, what is stored must still be looked after.
+                log.exception("scrubbing failed, and goes on later")
             await asyncio.sleep(_REST_S)
 
     async def scrub(self) -> Scrubbed:
@@ -97,24 +106,32 @@ class Scrubber:
 
     async def _scrub(self, tier: Backend, key: ChunkKey) -> Scrubbed:
         """Read one chunk of a tier, and write it down where it is lacking."""
-        with self._history.unnoticed(key):
-            [frame] = await tier.get([key])
-        if isinstance(frame, Miss):
-            # Any other reason: it went while this pass came to it.
-            return Scrubbed(damaged=int(frame.reason is Reason.CORRUPT))
-        self._metrics.scrubbed_bytes.labels(tier.name).inc(frame.size_bytes)
-        below = self._below.get(tier.name)
-        written = below is not None and await _write_down(below, key, frame)
+        with self._changes.watching([key]) as changed:
+            try:
+                with self._history.unnoticed(key):
+                    [frame] = await tier.get([key])
+            except KVStoreError as exc:
+                # Not a reason to leave out those behind it.
+                self._problem = str(exc)
+                return Scrubbed(failed=1)
+            if isinstance(frame, Miss):
+                # Any other reason: it went while this pass came to it.
+                return Scrubbed(damaged=int(frame.reason is Reason.CORRUPT))
+            self._metrics.scrubbed_bytes.labels(tier.name).inc(frame.size_bytes)
+            below = self._below.get(tier.name)
+            written = below is not None and await _write_down(below, key, frame, changed)
         return Scrubbed(1, frame.size_bytes, 0, int(written))
 
 
-async def _write_down(tier: Backend, key: ChunkKey, frame: Frame) -> bool:
-    """Put a chunk into a tier that lacks it, if it is up; false where it has it or cannot take it now."""
-    if not state_of(tier).up or (await tier.match([key])).held:
-        return False
+async def _write_down(tier: Backend, key: ChunkKey, frame: Frame, changed: Collection[ChunkKey]) -> bool:
+    """Put a chunk into a tier that lacks it or levels of it, if it is up; false where it cannot take it now."""
     with suppress(KVStoreError):
-        [stored] = await tier.put([(key, frame)], ack=Ack.MEMORY)
-        return stored.outcome is Outcome.WRITTEN
+        held = (await tier.match([key])).held
+        lacking = put_outcome(held[0] if held else None, frame) in (Outcome.WRITTEN, Outcome.EXTENDED)
+        # What was put, trimmed or deleted since it was read must not come back by this.
+        if lacking and state_of(tier).up and key not in changed:
+            [stored] = await tier.put([(key, frame)], ack=Ack.MEMORY)
+            return stored.outcome in (Outcome.WRITTEN, Outcome.EXTENDED)
     return False
 
 
@@ -130,6 +147,7 @@ async def running_scrubber(stack: TieredBackend, config: ServerConfig, metrics: 
         durable=("s3",),
         bytes_per_s=config.scrub_bytes_per_s,
         history=stack.policies.history,
+        changes=stack.changes,
         metrics=metrics,
     )
     task = asyncio.create_task(scrubber.run(), name="kvstore-scrubber")
