@@ -16,7 +16,8 @@ does."""
 _SPEED_TEXT = """\
 **GB/s** are the bytes of all calls of a cell over the time that they took together; **p50**, **p99** are of
 single calls. Puts are of fresh keys and wait for the tier's own durability (`lmdb` for its commit, `s3` for
-the answer). *stack, served by lmdb* copies what it reads into memory as well."""
+the answer). *stack, served by lmdb* copies what it reads into memory as well. `host` keeps the buffers it is
+given, so a put there copies nothing; a get costs its checksums."""
 
 _HITS_TEXT = """\
 A production trace (12,031 requests of a service, one hash for every 512 tokens of prefix) is replayed through
@@ -25,7 +26,8 @@ chunk of the leading run that is held at a level within a KL of 0.01 nats, and w
 **Capacity** is a share of the bytes of all distinct chunks uncompressed. Bytes and KL of levels are those of
 `ladder` and `ladder-tokens` in the quality results (text, prompts of 512 tokens). *all levels* and *budget
 level* keep a fixed number of levels; *shrink* drops those above the budget level when room is needed.
-**Below** are hits at lower levels, which do not count. **KL** is the mean of what is hit."""
+**Below** are hits at lower levels, which do not count. **KL** is the mean of what is hit. In the plot
+*shrink* lies on *budget level* where both hit the same."""
 
 _POLICY_COLOURS = {"lru": "#7f7f7f", "s3-fifo": "#d4803a", "ours": "#1f5fa8"}
 _POLICY_NAMES = {"lru": "LRU", "s3-fifo": "S3-FIFO", "ours": "ours"}
@@ -74,10 +76,13 @@ def _draw_speed(panel: Any, rows: Sequence[Row]) -> None:
         found = {row["tier"]: row["gb_per_s"] for row in rows if row["concurrency"] == concurrency}
         places = [place + 0.4 * number - 0.2 for place in range(len(tiers))]
         bars = panel.barh(places, [found[tier] for tier in tiers], height=0.38, color=colour)
-        panel.bar_label(bars, fmt=f" %.2f ({concurrency} at a time)", fontsize=7)
+        panel.bar_label(bars, fmt=f" %.3g ({concurrency} at a time)", fontsize=7)
     panel.set_yticks(range(len(tiers)), tiers)
     panel.invert_yaxis()
-    panel.margins(x=0.35)
+    panel.set_xscale("log")
+    # Room for the labels behind the longest bar.
+    rates = [row["gb_per_s"] for row in rows]
+    panel.set_xlim(min(rates) / 3, max(rates) * 30)
     panel.set_xlabel("GB/s")
     panel.grid(axis="x", linewidth=0.3)
     panel.set_axisbelow(True)
