@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvstore.backend import Ack, Backend, Miss, Outcome, Stored
+from kvstore.backend import Ack, Backend, Held, Miss, Outcome, Stored
 from kvstore.backends.gpu import GpuBackend
 from kvstore.backends.host import HostBackend
 from kvstore.backends.lmdb import LmdbBackend
@@ -158,6 +158,21 @@ class StackMachine(RuleBasedStateMachine):
             assert one.frame_id in entry.candidates
             assert 1 <= len(one.copy.level_bytes) <= entry.levels_max
 
+    @precondition(lambda self: not self._faulty())
+    @rule()
+    def get_serves_what_match_says(self) -> None:
+        async def both() -> tuple[list[Held], list[Frame | Miss]]:
+            for tier in self.stack.tiers[2:]:
+                # What is written behind may push others out in between.
+                assert isinstance(tier, WriteBehind)
+                await tier.flush()
+            return (await self.stack.match(KEYS)).held, await self.stack.get(KEYS)
+
+        held, found = self.run(both())
+        for one, answer in zip(held, found, strict=False):
+            assert isinstance(answer, Frame), answer
+            assert (answer.id, answer.levels) == (one.frame_id, len(one.copy.level_bytes))
+
     @rule(key=keys, level=levels)
     def trim(self, key: ChunkKey, level: int) -> None:
         entry = self.model[key]
@@ -197,6 +212,33 @@ class StackMachine(RuleBasedStateMachine):
         self._check(key, None, found)
         if failed is None:
             entry.candidates, entry.levels_max = {}, 0
+
+    @precondition(lambda self: not self._faulty())
+    @rule(key=keys, level=levels, scrubbed=st.booleans())
+    def read_while_it_is_trimmed(self, key: ChunkKey, level: int, scrubbed: bool) -> None:
+        async def all_at_once() -> None:
+            reads = [self._scrubber().scrub()] if scrubbed else []
+            await asyncio.gather(self.stack.get([key]), self.stack.trim([key], level=level), self._get(key), *reads)
+
+        self.run(all_at_once())
+        entry = self.model[key]
+        entry.levels_max = min(entry.levels_max, level + 1)
+        entry.remote = None if entry.remote is None else entry.remote.truncated(level)
+
+    @precondition(lambda self: not self._faulty())
+    @rule(key=keys, reads=st.integers(0, 3))
+    def scrub_while_it_is_deleted(self, key: ChunkKey, reads: int) -> None:
+        async def all_at_once() -> None:
+            later = [self._get(key) for _ in range(reads)]
+            await asyncio.gather(self._scrubber().scrub(), self.stack.delete([key]), *later)
+
+        self.run(all_at_once())
+        self.model[key] = Entry()
+
+    async def _get(self, key: ChunkKey) -> None:
+        """A get that begins a little later."""
+        await asyncio.sleep(0)
+        await self.stack.get([key])
 
     @precondition(lambda self: not self._faulty())
     @rule()
@@ -243,7 +285,12 @@ class StackMachine(RuleBasedStateMachine):
 
     @rule()
     def scrub(self) -> None:
-        scrubber = Scrubber(
+        scrubbed = self.run(self._scrubber().scrub())
+        assert scrubbed.damaged == 0
+        assert scrubbed.failed == 0 or self._faulty()
+
+    def _scrubber(self) -> Scrubber:
+        return Scrubber(
             self.stack.tiers,
             local=["host", "lmdb"],
             durable=["s3"],
@@ -251,10 +298,6 @@ class StackMachine(RuleBasedStateMachine):
             history=self.stack.policies.history,
             changes=self.stack.changes,
         )
-        try:
-            assert self.run(scrubber.scrub()).damaged == 0
-        except BackendError:
-            assert self._faulty()
 
     @rule()
     def crash_and_restart(self) -> None:
