@@ -333,6 +333,23 @@ async def test_a_namespace_can_be_purged() -> None:
     assert isinstance((await stack.get([foreign]))[0], Frame)
 
 
+async def test_others_get_their_turn_while_a_large_namespace_is_listed() -> None:
+    many = HostBackend(64 << 20, name="lower")
+    await many.put([(make_key(number), FRAMES[0]) for number in range(5_000)])
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    waiting = asyncio.create_task(others())
+    assert len([key async for key, _ in TieredBackend([many]).scan()]) == 5_000
+    waiting.cancel()
+    assert turns >= 4
+
+
 async def test_a_tier_that_only_promotion_fills_sees_no_puts_and_no_stale_frames() -> None:
     fast, host = FaultyBackend(HostBackend(1 << 20, name="gpu")), HostBackend(1 << 20)
     stack = TieredBackend([fast, host], promoted=["gpu"])

@@ -5,7 +5,8 @@ Keys come as one namespace in the query and digests, 32 bytes each, in the body.
 """
 
 import asyncio
-from itertools import groupby, islice
+from heapq import nsmallest
+from itertools import groupby
 from operator import attrgetter
 
 from aiohttp import web
@@ -108,8 +109,8 @@ class BatchRoutes:
         scoped = self._tenants.scope(tenant, namespace_of(request))
         after = request.query.get("after")
         least = b"" if after is None else parse_hex(after, DIGEST_BYTES, "after")
-        found = {split_key(key)[1]: held async for key, held in self.backend.scan(scoped)}
-        page = islice((digest for digest in sorted(found) if digest > least), SCAN_PAGE)
+        found = {digest: held async for key, held in self.backend.scan(scoped) if (digest := split_key(key)[1]) > least}
+        page = nsmallest(SCAN_PAGE, found)
         return web.json_response({"chunks": [_chunk_json(digest, found[digest]) for digest in page]})
 
     async def _keys(self, request: web.Request) -> tuple[list[ChunkKey], list[ChunkKey]]:
