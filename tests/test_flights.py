@@ -1,6 +1,7 @@
 """Concurrent misses share one read, whatever becomes of whoever asked first."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -8,6 +9,7 @@ from kvstore.backend import Miss, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.errors import BackendError
 from kvstore.frame import Frame
+from kvstore.keys import ChunkKey
 from kvstore.testing import FaultyBackend, make_frame, make_key
 from kvstore.tiers import TieredBackend
 
@@ -90,3 +92,33 @@ async def test_nobody_joins_a_read_that_began_before_a_delete() -> None:
     await late
     assert await stack.get(KEYS[:1]) == [Miss(Reason.ABSENT)]
     assert (await upper.match(KEYS[:1])).held == []
+
+
+async def test_nobody_joins_a_read_that_began_during_a_delete() -> None:
+    class Slow(HostBackend):
+        async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+            found = await super().get(keys, level=level)
+            if deleting.is_set():
+                begun.set()
+                await answer.wait()
+            return found
+
+        async def delete(self, keys: Sequence[ChunkKey]) -> None:
+            deleting.set()
+            await begun.wait()
+            await super().delete(keys)
+            deleting.clear()
+
+    deleting, begun, answer = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    lower = Slow(1 << 20, name="lower")
+    stack = TieredBackend([HostBackend(1 << 20), lower])
+    await lower.put(ITEMS[:1])
+    removal = asyncio.create_task(stack.delete(KEYS[:1]))
+    await deleting.wait()
+    during = asyncio.create_task(stack.get(KEYS[:1]))
+    await removal
+    after = asyncio.create_task(stack.get(KEYS[:1]))
+    await asyncio.sleep(0)
+    answer.set()
+    assert isinstance((await during)[0], Frame)
+    assert await after == [Miss(Reason.ABSENT)]

@@ -150,6 +150,22 @@ async def test_a_get_during_a_trim_does_not_undo_it() -> None:
     assert [len(held.copy.level_bytes) for held in (await upper.match(KEYS[:1])).held] == [1]
 
 
+@pytest.mark.parametrize("change", ["delete", "trim"])
+async def test_a_put_under_way_is_not_left_in_the_upper_tiers_only(change: str) -> None:
+    upper, lower, stack, _ = two_tiers()
+    lower.gate.clear()
+    putting = asyncio.create_task(stack.put(ITEMS[:1]))
+    while lower.calls != ["put"]:
+        await asyncio.sleep(0)
+    changing = asyncio.create_task(stack.delete(KEYS[:1]) if change == "delete" else stack.trim(KEYS[:1], level=0))
+    while lower.calls != ["put", change]:
+        await asyncio.sleep(0)
+    lower.gate.set()
+    await asyncio.gather(putting, changing)
+    held = [[len(one.copy.level_bytes) for one in (await tier.match(KEYS[:1])).held] for tier in (upper, lower)]
+    assert held == ([[], []] if change == "delete" else [[1], [1]])
+
+
 async def test_a_get_that_began_before_a_put_does_not_copy_up_what_that_replaced() -> None:
     class SlowToAnswer(HostBackend):
         async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
