@@ -62,6 +62,13 @@ async def test_a_put_that_asks_for_less_reaches_s3_behind_the_answer(start: Star
     assert not moto.client.list_objects_v2(Bucket=BUCKET, Prefix="behind/").get("Contents")
 
 
+async def test_without_a_disk_a_put_that_asks_for_one_waits_for_s3(start: Start, moto: S3Server) -> None:
+    server = await start(**s3(moto, "diskless"), disk_bytes=0)
+    for ack, reached in (("disk", "remote"), ("memory", "memory")):
+        answer = await server.put(make_frame(KEYS[ack == "disk"]), ack)
+        assert (answer.status, answer.headers["Kvstore-Ack"]) == (201, reached)
+
+
 async def test_an_outage_is_visible_and_memory_and_disk_serve_on(start: Start, moto: S3Server) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     server = await start(**s3(moto, "outage", s3_endpoint=nobody, flush_timeout_s=0.1))

@@ -50,6 +50,8 @@ async def open_tiers(config: ServerConfig, metrics: Metrics) -> TieredBackend:
                 tiers[-1] = WriteBehind(
                     tiers[-1],
                     inner_ack=Ack.REMOTE,
+                    # Without a disk nothing else outlives the process.
+                    waits_for=Ack.REMOTE if config.disk_bytes else Ack.DISK,
                     queue_bytes_max=config.write_behind_bytes,
                     batch_bytes=_S3_BATCH_BYTES,
                     flush_timeout_s=config.flush_timeout_s,

@@ -32,6 +32,7 @@ class WriteBehind:
     Args:
         inner: The backend that is written to; this wrapper owns and closes it.
         inner_ack: Durability of a put that `inner` has answered.
+        waits_for: Least durability asked for that a put waits for `inner`; `inner_ack` by default.
         queue_bytes_max: Bytes that may wait, at most what `inner` can hold; a larger batch is written before it is
             answered.
         batch_bytes: Bytes that are written at one time; a delete waits for them.
@@ -44,6 +45,7 @@ class WriteBehind:
         inner: Backend,
         *,
         inner_ack: Ack = Ack.DISK,
+        waits_for: Ack | None = None,
         queue_bytes_max: int = 512 << 20,
         batch_bytes: int = _BATCH_BYTES,
         flush_timeout_s: float = 30.0,
@@ -52,6 +54,7 @@ class WriteBehind:
         self.name = inner.name
         self._inner = inner
         self._inner_ack = inner_ack
+        self._waits_for = waits_for or inner_ack
         self._queue_bytes_max = queue_bytes_max
         self._batch_bytes = batch_bytes
         self._flush_timeout_s = flush_timeout_s
@@ -99,7 +102,7 @@ class WriteBehind:
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
         self._check_open()
-        if ack >= self._inner_ack:
+        if ack >= self._waits_for:
             return await self._put_through(items, ack)
         if sum(frame.memory_bytes for _, frame in items) > self._queue_bytes_max:
             # It could never be queued, however often it is tried again.
