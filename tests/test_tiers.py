@@ -94,6 +94,18 @@ async def test_one_frame_is_kept_across_tiers() -> None:
     assert (await upper.match(KEYS[:1])).held == []
 
 
+async def test_a_frame_that_only_an_upper_tier_holds_is_kept_across_tiers() -> None:
+    upper, lower, stack, _ = two_tiers()
+    await upper.put(ITEMS[:1])
+    other = make_frame(KEYS[0], seed=1)
+    assert [stored.outcome for stored in await stack.put([(KEYS[0], other), ITEMS[1]])] == [
+        Outcome.OTHER,
+        Outcome.WRITTEN,
+    ]
+    assert (await lower.match(KEYS[:1])).held == []
+    assert await stack.get(KEYS[:2]) == FRAMES[:2]
+
+
 async def test_a_get_that_began_before_a_delete_does_not_bring_the_chunk_back() -> None:
     upper, lower, stack, _ = two_tiers()
     await lower.put(ITEMS[:1])
@@ -293,12 +305,12 @@ async def test_a_tier_is_not_asked_for_each_chunk_of_which_another_has_a_part(an
 
 
 async def test_levels_are_found_below_behind_gaps_and_in_long_prompts() -> None:
-    keys = [make_key(number) for number in range(2_500)]
+    keys = [make_key(number) for number in range(1_100)]
     frames = [make_frame(key, (3, 2)) for key in keys]
     upper, lower = HostBackend(64 << 20), HostBackend(64 << 20, name="lower")
     stack = TieredBackend([upper, lower])
     await upper.put([(key, frame.truncated(0)) for key, frame in zip(keys, frames, strict=True)])
-    below = [n for n in range(len(keys)) if n not in (0, 7, 8, 1023, 1024, 1025, 2499)]
+    below = [n for n in range(len(keys)) if n not in (0, 7, 8, 1023, 1024, 1025, 1099)]
     await lower.put([(keys[n], frames[n]) for n in below])
     match = await stack.match(keys)
     assert [n for n, held in enumerate(match.held) if held.copy.whole] == below
