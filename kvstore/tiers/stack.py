@@ -31,6 +31,7 @@ from kvstore.errors import BackendBusyError, BackendError, BackendFullError, Bac
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.arrivals import Arrivals, wait_in
 from kvstore.tiers.changes import Changes
 from kvstore.tiers.coders import Coders, Recode
 from kvstore.tiers.flights import Flights
@@ -78,6 +79,7 @@ class TieredBackend:
         self._flights = [Flights(tier) for tier in self.tiers]
         self._pinned_bytes: dict[ChunkKey, int] = {}
         self.changes = Changes()
+        self.arrivals = Arrivals()
 
     @property
     def state(self) -> State:
@@ -105,6 +107,10 @@ class TieredBackend:
             self.policies.history.follow(keys[len(run) - 1 : len(run) + 1])
         return Match(await self._with_all_levels(keys, run), miss)
 
+    async def wait(self, keys: Sequence[ChunkKey], wait_s: float) -> Match:
+        """As `match`, but waits up to `wait_s` seconds for chunks that are about to be put."""
+        return await wait_in(self.tiers, self, self.arrivals, keys, wait_s)
+
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
         found: dict[ChunkKey, Frame | Miss] = {}
         tier_of: dict[ChunkKey, str] = {}
@@ -119,8 +125,13 @@ class TieredBackend:
 
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
         self._note_order(items)
-        with self._changing([key for key, _ in items]):
-            merged = [_merge(past, ack) for past in await self._put(items, ack)]
+        keys = [key for key, _ in items]
+        with self._changing(keys):
+            try:
+                merged = [_merge(past, ack) for past in await self._put(items, ack)]
+            finally:
+                # A put that fails in one tier may be visible in another.
+                self.arrivals.announce(keys)
         for result in merged:
             self._metrics.puts.labels(result.outcome.value).inc()
         return merged
