@@ -34,13 +34,16 @@ async def started(*tasks: asyncio.Task[list[Frame | Miss]], calls: list[str]) ->
 
 
 async def test_concurrent_misses_read_once() -> None:
-    _, lower, stack = await held_below()
+    upper, lower, _ = await held_below()
+    promoted = FaultyBackend(upper)
+    stack = TieredBackend([promoted, lower])
     tasks = [asyncio.create_task(stack.get(KEYS)) for _ in range(8)]
     await started(*tasks, calls=lower.calls)
     lower.gate.set()
     for found in await asyncio.gather(*tasks):
         assert [frame.id for frame in found if isinstance(frame, Frame)] == [frame.id for _, frame in ITEMS]
     assert lower.calls == ["get"]
+    assert promoted.calls.count("put") == 1
 
 
 async def test_a_reader_of_fewer_levels_joins_and_one_of_more_does_not() -> None:

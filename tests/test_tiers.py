@@ -259,7 +259,19 @@ async def test_damage_below_is_told_and_not_that_the_chunk_was_evicted_above(tmp
     await small.put(ITEMS)
     assert (await small.get(KEYS[:1]))[0] == Miss(Reason.EVICTED)
     assert (await stack.get(KEYS[:1]))[0] == Miss(Reason.CORRUPT)
+    assert (await stack.match(KEYS[:1])).miss == Miss(Reason.CORRUPT)
+    await disk.delete(KEYS[:1])
+    assert (await stack.get(KEYS[:1]))[0] == Miss(Reason.EVICTED)
+    assert (await stack.match(KEYS[:1])).miss == Miss(Reason.EVICTED)
     await stack.aclose()
+
+
+async def test_an_upper_tier_that_is_busy_does_not_keep_a_lower_one_from_serving() -> None:
+    upper, lower = FaultyBackend(HostBackend(1 << 20)), HostBackend(1 << 20, name="lower")
+    await lower.put(ITEMS)
+    upper.error = BackendBusyError("host", "busy on purpose")
+    assert await TieredBackend([upper, lower]).get(KEYS) == FRAMES
+    assert upper.calls == ["get", "put"]
 
 
 async def test_a_tier_that_cannot_be_asked_does_not_keep_the_others_from_serving() -> None:

@@ -134,6 +134,20 @@ async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
     await queue.aclose()
 
 
+async def test_what_replaces_a_frame_while_that_is_written_is_written_too() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow)
+    await queue.put([(KEYS[0], make_frame(KEYS[0], seed=3, behind=Behind(0, 0.1))), (KEYS[1], FRAMES[1].truncated(0))])
+    while "put" not in slow.calls:
+        await asyncio.sleep(0)
+    assert [stored.outcome for stored in await queue.put(ITEMS[:2])] == [Outcome.WRITTEN, Outcome.EXTENDED]
+    slow.gate.set()
+    await queue.flush()
+    assert await slow.get(KEYS[:2]) == FRAMES[:2]
+    await queue.aclose()
+
+
 async def test_what_is_queued_waits_for_a_backend_that_is_down() -> None:
     lower = FaultyBackend(HostBackend(1 << 20, name="lower"))
     queue = WriteBehind(lower, inner_ack=Ack.REMOTE)
