@@ -121,6 +121,23 @@ async def test_a_longer_queued_frame_is_what_a_waiting_put_of_a_shorter_one_writ
     await queue.aclose()
 
 
+async def test_a_put_that_waits_for_the_disk_takes_along_what_is_queued_of_its_chunk() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    slow.gate.clear()
+    queue = WriteBehind(slow, batch_bytes=1)
+    await queue.put([ITEMS[0], ITEMS[1], (KEYS[2], FRAMES[2].truncated(0)), (KEYS[3], make_frame(KEYS[3], seed=1))])
+    while "put" not in slow.calls:
+        await asyncio.sleep(0)
+    durable = asyncio.create_task(queue.put([(KEYS[1], FRAMES[1].truncated(0)), ITEMS[2], ITEMS[3]], ack=Ack.DISK))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    assert [stored.outcome for stored in await durable] == [Outcome.EXISTS, Outcome.EXTENDED, Outcome.OTHER]
+    assert await slow.get(KEYS[1:3]) == FRAMES[1:3]
+    await queue.flush()
+    assert await slow.get(KEYS[3:4]) == [make_frame(KEYS[3], seed=1)]
+    await queue.aclose()
+
+
 async def test_one_unexpected_error_does_not_end_the_writing_behind() -> None:
     broken = FaultyBackend(HostBackend(1 << 20))
     queue = WriteBehind(broken)

@@ -195,8 +195,8 @@ class WriteBehind:
         for before, outcome, (key, _) in zip(queued, outcomes, items, strict=True):
             result = Stored(Outcome.OTHER, Ack.MEMORY) if outcome is Outcome.OTHER else next(written)
             if before is not None and outcome is not Outcome.OTHER and result.outcome is not Outcome.FAILED:
-                if self._queued.get(key) is before:
-                    self._dequeue(key)
+                # Nothing else can be queued here meanwhile: puts wait for this one, trims and deletes for the lock.
+                self._dequeue(key)
                 if result.outcome is Outcome.WRITTEN:
                     result = result._replace(outcome=outcome)
             results.append(result)
