@@ -38,6 +38,22 @@ async def test_a_full_queue_refuses_and_recovers() -> None:
     await queue.aclose()
 
 
+async def test_the_answer_says_where_a_chunk_is_that_was_there_already() -> None:
+    slow = FaultyBackend(HostBackend(1 << 20))
+    await slow.put(ITEMS[:1])
+    slow.gate.clear()
+    queue = WriteBehind(slow, queue_bytes_max=FRAMES[1].memory_bytes)
+    assert await queue.put(ITEMS[1:2]) == [Stored(Outcome.WRITTEN, Ack.MEMORY)]
+    # The queue is full, but nothing more need be queued for these.
+    for item, ack in ((ITEMS[0], Ack.DISK), (ITEMS[1], Ack.MEMORY)):
+        assert await queue.put([item]) == [Stored(Outcome.EXISTS, ack)]
+    assert await queue.get(KEYS[1:2], level=0) == [FRAMES[1].truncated(0)]
+    slow.gate.set()
+    await queue.flush()
+    assert await queue.put(ITEMS[1:2]) == [Stored(Outcome.EXISTS, Ack.DISK)]
+    await queue.aclose()
+
+
 async def test_a_batch_larger_than_the_queue_is_written_at_once() -> None:
     inner = HostBackend(1 << 20)
     queue = WriteBehind(inner, queue_bytes_max=FRAMES[0].memory_bytes)
