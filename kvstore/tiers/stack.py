@@ -8,7 +8,7 @@ in the `Policies` that all of them share.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -31,15 +31,14 @@ from kvstore.errors import BackendBusyError, BackendError, BackendFullError, Bac
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.metrics import Metrics
+from kvstore.tiers.answers import WINDOW, match_of, merged, overlay, runs_of, satisfies, telling
 from kvstore.tiers.arrivals import Arrivals, wait_in
 from kvstore.tiers.changes import Changes
 from kvstore.tiers.coders import Coders, Recode
 from kvstore.tiers.flights import Flights
 
 _COPY = attrgetter("copy")
-_WINDOW = 1024
 _PURGE_CHUNKS = 1024
-_OUTCOME_RANKS = (Outcome.OTHER, Outcome.EXISTS, Outcome.EXTENDED, Outcome.WRITTEN)
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class TieredBackend:
         run: list[Held] = []
         miss: Miss | None = None
         while len(run) < len(keys):
-            longer, miss = await self._longest_run(keys[len(run) : len(run) + _WINDOW] if run else keys)
+            longer, miss = await self._longest_run(keys[len(run) : len(run) + WINDOW] if run else keys)
             if not longer:
                 break
             run += longer
@@ -128,13 +127,13 @@ class TieredBackend:
         keys = [key for key, _ in items]
         with self._changing(keys):
             try:
-                merged = [_merge(past, ack) for past in await self._put(items, ack)]
+                stored = [merged(past, ack) for past in await self._put(items, ack)]
             finally:
                 # A put that fails in one tier may be visible in another.
                 self.arrivals.announce(keys)
-        for result in merged:
+        for result in stored:
             self._metrics.puts.labels(result.outcome.value).inc()
-        return merged
+        return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         # In the order of puts, so that a put under way is not left in the upper tiers only.
@@ -184,7 +183,7 @@ class TieredBackend:
                 if key not in seen:
                     seen.add(key)
                     yield key, held
-                    if len(seen) % _WINDOW == 0:
+                    if len(seen) % WINDOW == 0:
                         # What memory answers never waits, and others want their turn.
                         await asyncio.sleep(0)
 
@@ -198,7 +197,7 @@ class TieredBackend:
     async def _find(self, key: ChunkKey) -> Held | None:
         """What the fastest tier that has a chunk holds of it."""
         for tier in self.tiers:
-            if (match := await _match(tier, [key])).held:
+            if (match := await match_of(tier, [key])).held:
                 return match.held[0]
         return None
 
@@ -207,12 +206,12 @@ class TieredBackend:
         run: list[Held] = []
         misses: list[Miss] = []
         for tier in self.tiers:
-            match = await _match(tier, keys)
+            match = await match_of(tier, keys)
             run = run + match.held[len(run) :] if run else match.held
             if match.miss is None:
                 return run, None
             misses.append(match.miss)
-        return run, _telling(reversed(misses))
+        return run, telling(reversed(misses))
 
     async def _with_all_levels(self, keys: Sequence[ChunkKey], run: list[Held]) -> list[Held]:
         """The run with every partial copy replaced by the one of the lower tier that holds most of its levels."""
@@ -223,7 +222,7 @@ class TieredBackend:
             end = start + len(list(same))
             if not copy.whole:
                 for tier in self.tiers[1:]:
-                    await _overlay(tier, keys, run, start, end)
+                    await overlay(tier, keys, run, start, end)
             start = end
         return run
 
@@ -241,7 +240,7 @@ class TieredBackend:
             What this tier served, and which of that was read for this call.
         """
         tier = self.tiers[depth]
-        wanted = [key for key in keys if not _satisfies(found.get(key), level)]
+        wanted = [key for key in keys if not satisfies(found.get(key), level)]
         partial = {key: frame for key in wanted if isinstance(frame := found.get(key), Frame)}
         if partial:
             more = await self._with_more(tier, partial)
@@ -303,7 +302,7 @@ class TieredBackend:
         The lowest tier is not asked: it answers first when the frame is put.
         """
         for tier in self.tiers[:-1]:
-            match = await _match(tier, [key])
+            match = await match_of(tier, [key])
             if match.held and await self._coders.outcome(frame, tier, match.held[0]) is Outcome.OTHER:
                 return await self._put_to(tier, [(key, frame)], ack)
         return []
@@ -311,7 +310,7 @@ class TieredBackend:
     async def _drop_others(self, tier: Backend, items: Sequence[tuple[ChunkKey, Frame]]) -> None:
         """Take out of a tier that puts pass by what they replace."""
         for key, frame in items:
-            match = await _match(tier, [key])
+            match = await match_of(tier, [key])
             if match.held and await self._coders.outcome(frame, tier, match.held[0]) is Outcome.WRITTEN:
                 await tier.delete([key])
 
@@ -338,7 +337,7 @@ class TieredBackend:
         """Frames in the coder that a tier wants."""
         if not self._coders.differ:
             return items
-        held = [(await _match(tier, [key])).held for key, _ in items]
+        held = [(await match_of(tier, [key])).held for key, _ in items]
         return [
             (key, await self._coders.coded(frame, tier, one[0] if one else None))
             for one, (key, frame) in zip(held, items, strict=True)
@@ -349,7 +348,7 @@ class TieredBackend:
         keys = list(partial)
         return {
             key
-            async for start, run in _runs(tier, keys)
+            async for start, run in runs_of(tier, keys)
             for key, held in zip(keys[start:], run, strict=False)
             if self._coders.may_extend(held, partial[key])
         }
@@ -361,7 +360,7 @@ class TieredBackend:
         if isinstance(before, Frame):
             longer = isinstance(after, Frame) and await self._coders.extends(after, before, tier)
             return after if longer else before
-        return after if isinstance(after, Frame) else _telling([after, before])
+        return after if isinstance(after, Frame) else telling([after, before])
 
     def _note_order(self, items: Sequence[tuple[ChunkKey, Frame]]) -> None:
         """Remember which chunks of a put follow each other in their prompt."""
@@ -394,62 +393,3 @@ class TieredBackend:
                 self._metrics.misses.labels(answer.reason.value).inc()
             else:
                 self._metrics.hits.labels(tier_of[key]).inc()
-
-
-async def _match(tier: Backend, keys: Sequence[ChunkKey]) -> Match:
-    """What a tier holds; one that cannot say holds nothing that could be served."""
-    try:
-        return await tier.match(keys)
-    except KVStoreError as exc:
-        log.warning("asking %s failed: %s", tier.name, exc)
-        return Match([], Miss(Reason.BREAKER))
-
-
-async def _runs(tier: Backend, keys: Sequence[ChunkKey]) -> AsyncIterator[tuple[int, list[Held]]]:
-    """Runs of chunks that a tier holds, each with the position of its first; none behind where asking fails."""
-    start = 0
-    try:
-        while start < len(keys):
-            held, _ = await tier.match(keys[start : start + _WINDOW])
-            if held:
-                yield start, held
-            # Where a run ends before its window, the next chunk is known not to be held.
-            start += len(held) if len(held) == _WINDOW else len(held) + 1
-    except KVStoreError as exc:
-        # Whoever does not answer once is not asked again for each chunk.
-        log.warning("asking %s failed: %s", tier.name, exc)
-
-
-async def _overlay(tier: Backend, keys: Sequence[ChunkKey], run: list[Held], start: int, end: int) -> None:
-    """Replace copies from `start` to `end` by a tier's copies of the same frames that have more levels."""
-    async for offset, found in _runs(tier, keys[start:end]):
-        if found[0].frame_id is None:
-            # It does not tell which frames it holds.
-            return
-        for position, held in enumerate(found, start + offset):
-            before = run[position]
-            if held.frame_id == before.frame_id and len(held.copy.level_bytes) > len(before.copy.level_bytes):
-                run[position] = held
-
-
-def _satisfies(answer: Frame | Miss | None, level: int | None) -> bool:
-    return isinstance(answer, Frame) and (answer.whole or (level is not None and answer.levels > level))
-
-
-def _telling(misses: Iterable[Miss]) -> Miss:
-    """The first miss that says more than that the chunk is absent.
-
-    The lowest tier comes first: that a chunk was evicted above explains nothing, that it was damaged below does.
-    """
-    return next((miss for miss in misses if miss.reason is not Reason.ABSENT), Miss(Reason.ABSENT))
-
-
-def _merge(results: Sequence[Stored], asked: Ack) -> Stored:
-    """One answer from those of all tiers: there already if any tier says so, as durable as the most durable."""
-    error = next((result.error for result in results if result.error), None)
-    kept = [result for result in results if result.outcome is not Outcome.FAILED]
-    if not kept:
-        return Stored(Outcome.FAILED, None, error)
-    outcome = next(rank for rank in _OUTCOME_RANKS if any(result.outcome is rank for result in kept))
-    reached = max(result.ack for result in kept if result.ack is not None)
-    return Stored(outcome, reached, error if reached < asked else None)
