@@ -1,0 +1,374 @@
+"""What both faces of the LMCache connector do with a server: look up, load and store chunks, on a thread of their own.
+
+LMCache's threads and event loops only hand work over and get a future. The event loop here owns the client; chunks are
+encoded and decoded in a few more threads, straight from and into LMCache's buffers. A buffer is never touched once its
+future is done. Failures are misses and are counted; none reaches LMCache as an exception.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from kvstore.backend import Ack, Backend, Miss, Outcome, Reason
+from kvstore.backends.breaker import Breaker
+from kvstore.backends.host import HostBackend
+from kvstore.client import Client
+from kvstore.connectors.background import Background
+from kvstore.connectors.lmcache_chunks import Chunk
+from kvstore.connectors.lmcache_options import LMCacheOptions, Role
+from kvstore.errors import AuthError, BackendError, ConfigError, KVStoreError
+from kvstore.frame import Frame
+from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key
+from kvstore.tiers import TieredBackend
+
+_BATCH_BYTES = 8 << 20
+_CONCURRENCY = 4
+_START_S = 10.0
+_CLOSE_S = 10.0
+_FAILURES_MAX = 3
+_COOLDOWN_MAX_S = 15.0
+_PROBE_KEY = chunk_key(bytes(NAMESPACE_BYTES), hashlib.sha256(b"kvstore lmcache probe").digest())
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def open_backend(options: LMCacheOptions) -> Backend:
+    """The server, behind a local tier where the options ask for one.
+
+    Raises:
+        ConfigError: The URL is none.
+    """
+    client = Client(options.url, token=options.token, timeout_s=options.store_timeout_s)
+    if not options.local_memory_bytes:
+        return client
+    return TieredBackend([HostBackend(options.local_memory_bytes), client])
+
+
+class ChunkStore:
+    """Looks up, loads and stores chunks of LMCache.
+
+    Args:
+        options: The connector's options.
+        open_with: Opens the backend; called on the event loop's thread.
+
+    Raises:
+        ConfigError: The backend cannot be opened, or `fail_open` is off and the server cannot be used.
+    """
+
+    def __init__(self, options: LMCacheOptions, open_with: Callable[[LMCacheOptions], Backend] = open_backend) -> None:
+        self.options = options
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._queued_bytes = 0
+        self._breaker = Breaker(failures_max=_FAILURES_MAX, cooldown_max_s=_COOLDOWN_MAX_S)
+        self._pending: set[Future[Any]] = set()
+        self._closing = False
+        self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix="kvstore-lmcache-codec")
+        self._background = Background("kvstore-lmcache")
+        self._gate = asyncio.Semaphore(_CONCURRENCY)
+        try:
+            self._backend = self._background.submit(self._open(open_with)).result()
+            self._check_server()
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open(self, open_with: Callable[[LMCacheOptions], Backend]) -> Backend:
+        return open_with(self.options)
+
+    def _check_server(self) -> None:
+        probe = self.probe()
+        if self.options.fail_open:
+            probe.add_done_callback(lambda done: self._tell(done.result()))
+        elif (problem := probe.result()) is not None:
+            raise ConfigError(problem)
+
+    @staticmethod
+    def _tell(problem: str | None) -> None:
+        if problem is not None:
+            log.error("LMCache runs without kvstore until this is mended: %s", problem)
+
+    # What LMCache's threads call.
+
+    def probe(self) -> "Future[str | None]":
+        """Why the server cannot be used and what to do, None where it can."""
+        return self._submit(self._probe(), "the connector is closed")
+
+    def find(self, rows: Sequence[Sequence[ChunkKey]], *, gaps: bool = False) -> "Future[list[list[bool]]]":
+        """Which chunks are held.
+
+        Args:
+            rows: Keys of the prompt's chunks in order, a row for every shard or object group.
+            gaps: Whether a chunk counts even where one before it in its row is missing; otherwise a row is not
+                looked at behind its first gap.
+        """
+        return self._submit(self._find(rows, gaps), [[False] * len(row) for row in rows])
+
+    def load(self, chunks: Sequence[Chunk]) -> "Future[list[int]]":
+        """Fetch chunks into their buffers: the bytes written to each, 0 where it is a miss."""
+        return self._submit(self._load(chunks), [0] * len(chunks))
+
+    def store(self, chunks: Sequence[Chunk]) -> "Future[list[Outcome]]":
+        """Encode and put chunks; answers when their buffers are free again and the server has what it took."""
+        size_bytes = sum(len(chunk.data) for chunk in chunks)
+        refused = [Outcome.FAILED] * len(chunks)
+        if self.options.role is Role.CONSUMER:
+            return _done(refused)
+        with self._lock:
+            full = self._queued_bytes and self._queued_bytes + size_bytes > self.options.queue_bytes
+            if full:
+                self.counts["dropped_chunks"] += len(chunks)
+            else:
+                self._queued_bytes += size_bytes
+        if full:
+            return _done(refused)
+        future = self._submit(self._store(chunks), refused)
+        future.add_done_callback(lambda _: self._dequeue(size_bytes))
+        return future
+
+    def delete(self, keys: Sequence[ChunkKey]) -> "Future[bool]":
+        """Forget chunks: whether the server did."""
+        return self._submit(self._delete(keys), False)
+
+    def status(self) -> dict[str, Any]:
+        """Whether the server answers, and what was counted so far."""
+        with self._lock:
+            counts = dict(sorted(self.counts.items()))
+            return {
+                "is_healthy": self._breaker.closed and not self._closing,
+                "detail": self._breaker.reason,
+                "url": self.options.url,
+                "queued_bytes": self._queued_bytes,
+                **counts,
+            }
+
+    def close(self) -> None:
+        """Give stores under way `flush_timeout_s`, then end everything; safe to call twice."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            pending = set(self._pending)
+        wait(pending, self.options.flush_timeout_s)
+        if hasattr(self, "_backend"):
+            self._background.submit(self._close_backend()).result()
+        self._background.close(_CLOSE_S)
+        self._threads.shutdown(wait=True)
+
+    # What runs on the event loop's thread.
+
+    def _submit(self, work: Coroutine[Any, Any, T], otherwise: T) -> "Future[T]":
+        """Run a coroutine on the event loop; its future cannot be cancelled, as threads may be at work on buffers."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if not self._closing:
+                self._pending.add(future)
+                running = self._background.submit(work)
+                running.add_done_callback(lambda done: self._settle(future, done, otherwise))
+                return future
+        work.close()
+        future.set_result(otherwise)
+        return future
+
+    def _settle(self, future: "Future[T]", done: "Future[T]", otherwise: T) -> None:
+        answer = otherwise
+        if not done.cancelled():
+            if (error := done.exception()) is None:
+                answer = done.result()
+            else:
+                # A mistake of ours must not leave LMCache waiting.
+                self._count("errors")
+                log.error("the LMCache connector failed", exc_info=error)
+        self._pending.discard(future)
+        future.set_result(answer)
+
+    async def _probe(self) -> str | None:
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._backend.match([_PROBE_KEY])
+        except AuthError as exc:
+            return f"token: {self.options.url} refuses it ({exc}); set token or KVSTORE_TOKEN to the server's"
+        except (KVStoreError, TimeoutError) as exc:
+            return f"url: {self.options.url} does not answer ({exc or 'timeout'}); start it with 'kvstore serve'"
+        return None
+
+    async def _find(self, rows: Sequence[Sequence[ChunkKey]], gaps: bool) -> list[list[bool]]:
+        if self.options.role is Role.PRODUCER:
+            return [[False] * len(row) for row in rows]
+        deadline = _now() + self.options.lookup_deadline_s
+        found = list(await asyncio.gather(*(self._leading(row, deadline) for row in rows)))
+        if gaps:
+            for row, held in zip(rows, found, strict=True):
+                rest = range(held.index(False) + 1 if False in held else len(held), len(held))
+                answers = await asyncio.gather(*(self._leading([row[number]], deadline) for number in rest))
+                for number, [answer] in zip(rest, answers, strict=True):
+                    held[number] = answer
+        self._count("found_chunks", sum(map(sum, found)))
+        return found
+
+    async def _leading(self, keys: Sequence[ChunkKey], deadline: float) -> list[bool]:
+        match = await self._ask(lambda: self._backend.match(keys), deadline)
+        if isinstance(match, Miss):
+            self._count(f"missed_{match.reason}_chunks", len(keys))
+            return [False] * len(keys)
+        return [number < len(match.held) for number in range(len(keys))]
+
+    async def _load(self, chunks: Sequence[Chunk]) -> list[int]:
+        deadline = _now() + self.options.deadline_s
+        batches = list(_batches(chunks))
+        loaded = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in batches))
+        return [size_bytes for batch in loaded for size_bytes in batch]
+
+    async def _load_batch(self, chunks: Sequence[Chunk], deadline: float) -> list[int]:
+        keys = [chunk.key for chunk in chunks]
+
+        async def get() -> list[Frame | Miss]:
+            async with self._gate:
+                return await self._backend.get(keys, level=self.options.level)
+
+        answers = await self._ask(get, deadline)
+        if isinstance(answers, Miss):
+            answers = [answers] * len(chunks)
+        # No deadline from here on: what a thread has begun to write it must end before the buffer is given back.
+        return await asyncio.gather(*map(self._decode, chunks, answers))
+
+    async def _decode(self, chunk: Chunk, answer: Frame | Miss) -> int:
+        decoded: int | Miss = 0
+        if isinstance(answer, Frame):
+            decoded = await self._in_thread(chunk.codec.decode, chunk.key, answer, chunk.data)
+        else:
+            decoded = answer
+        if isinstance(decoded, Miss):
+            self._count(f"missed_{decoded.reason}_chunks")
+            return 0
+        assert isinstance(answer, Frame)
+        self._count("loaded_chunks")
+        self._count("loaded_bytes", decoded)
+        self._count("received_bytes", answer.size_bytes)
+        return decoded
+
+    async def _store(self, chunks: Sequence[Chunk]) -> list[Outcome]:
+        held = (await self._find_whole(chunks)) if len(chunks) else 0
+        outcomes = [Outcome.EXISTS] * held
+        for batch in _batches(chunks[held:]):
+            outcomes += await self._store_batch(batch)
+        return outcomes
+
+    async def _find_whole(self, chunks: Sequence[Chunk]) -> int:
+        """How many leading chunks need not be encoded, as all of them is held."""
+        deadline = _now() + self.options.deadline_s
+        match = await self._ask(lambda: self._backend.match([chunk.key for chunk in chunks]), deadline)
+        if isinstance(match, Miss):
+            return 0
+        whole = [held.copy.whole and not held.copy.inexact for held in match.held]
+        return whole.index(False) if False in whole else len(whole)
+
+    async def _store_batch(self, chunks: Sequence[Chunk]) -> list[Outcome]:
+        frames: list[tuple[ChunkKey, Frame]] = []
+        encoded: list[int] = []
+        for number, chunk in enumerate(chunks):
+            try:
+                frame = await self._in_thread(chunk.codec.encode, chunk.key, chunk.data)
+            except KVStoreError as exc:
+                log.warning("a chunk cannot be encoded: %s", exc)
+                continue
+            frames.append((chunk.key, frame))
+            encoded.append(number)
+        deadline = _now() + self.options.store_timeout_s
+        answers = await self._ask(lambda: self._backend.put(frames, ack=Ack.MEMORY), deadline)
+        outcomes = [Outcome.FAILED] * len(chunks)
+        if not isinstance(answers, Miss):
+            for number, (_, frame), stored in zip(encoded, frames, answers, strict=True):
+                outcomes[number] = stored.outcome
+                if stored.outcome in (Outcome.WRITTEN, Outcome.EXTENDED):
+                    self._count("stored_chunks")
+                    self._count("sent_bytes", frame.size_bytes)
+        self._count("failed_chunks", outcomes.count(Outcome.FAILED))
+        return outcomes
+
+    async def _delete(self, keys: Sequence[ChunkKey]) -> bool:
+        deadline = _now() + self.options.deadline_s
+        return not isinstance(await self._ask(lambda: self._backend.delete(keys), deadline), Miss)
+
+    async def _ask(self, call: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T | Miss:
+        """The backend's answer, or a miss; after failures in a row the server is left alone for a while."""
+        permit = self._breaker.admit()
+        if permit is None:
+            return Miss(Reason.BREAKER)
+        try:
+            async with asyncio.timeout_at(deadline):
+                answer = await call()
+        except TimeoutError:
+            self._failed(permit, "no answer before the deadline")
+            return Miss(Reason.DEADLINE)
+        except (BackendError, AuthError) as exc:
+            self._failed(permit, str(exc))
+            return Miss(Reason.BREAKER)
+        except KVStoreError as exc:
+            self._breaker.unused(permit)
+            self._count("errors")
+            log.warning("the server refuses a request: %s", exc)
+            return Miss(Reason.IDENTITY)
+        except BaseException:
+            self._breaker.unused(permit)
+            raise
+        self._breaker.succeeded(permit)
+        return answer
+
+    def _failed(self, permit: Any, reason: str) -> None:
+        opened = self._breaker.opened
+        self._breaker.failed(permit, reason)
+        self._count("errors")
+        if self._breaker.opened > opened:
+            log.warning("the server is left alone for %.0f s: %s", self._breaker.retry_after_s, reason)
+
+    async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
+        """What a call in a thread returns; when this is cancelled it still waits, for the sake of the buffers."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+
+    async def _close_backend(self) -> None:
+        with contextlib.suppress(KVStoreError, OSError):
+            await self._backend.aclose()
+
+    def _dequeue(self, size_bytes: int) -> None:
+        with self._lock:
+            self._queued_bytes -= size_bytes
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        if amount:
+            with self._lock:
+                self.counts[name] += amount
+
+
+def _batches(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """Runs of chunks that one request each is for."""
+    start, size_bytes = 0, 0
+    for number, chunk in enumerate(chunks):
+        size_bytes += len(chunk.data)
+        if size_bytes >= _BATCH_BYTES or number == len(chunks) - 1:
+            yield chunks[start : number + 1]
+            start, size_bytes = number + 1, 0
+
+
+def _done(answer: T) -> "Future[T]":
+    future: Future[T] = Future()
+    future.set_result(answer)
+    return future
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
