@@ -1,6 +1,7 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -40,6 +41,7 @@ MATCH_KEYS_MAX = 1 << 16
 PUT_BYTES = 64 << 20
 PUT_FRAMES = 1024
 _ANSWER_BYTES_MAX = 16 << 20
+_WAIT_MS_MAX = 3600 * 1000
 
 Answer = Mapping[str, Any]
 T = TypeVar("T")
@@ -54,7 +56,7 @@ class Client:
     Args:
         url: Such as `http://127.0.0.1:8420`.
         token: Bearer token, where the server asks for one.
-        timeout_s: Time that one request may take.
+        timeout_s: Time that one request may take, beside what it is asked to wait.
         connections: Most connections that are open at one time.
         batch_bytes_max: Largest batch that is accepted from the server; caps what its lengths can allocate.
 
@@ -77,7 +79,7 @@ class Client:
             raise ConfigError(f"{url!r} is not a server's URL: it must start with http:// or https://")
         self.url = url.rstrip("/")
         self._headers = {hdrs.AUTHORIZATION: f"Bearer {token}"} if token else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
         self._connections = connections
         self._batch_bytes_max = batch_bytes_max
         self._session: aiohttp.ClientSession | None = None
@@ -91,10 +93,21 @@ class Client:
         await self.aclose()
 
     async def match(self, keys: Sequence[ChunkKey]) -> Match:
+        return await self.wait(keys, 0)
+
+    async def wait(self, keys: Sequence[ChunkKey], wait_s: float) -> Match:
+        """As `match`, but the server waits up to `wait_s` seconds (its own limit at most) until all are there.
+
+        Raises:
+            BackendError: The server cannot be asked, or as many as may do so wait there already.
+        """
         held: list[Held] = []
+        ends_s = time.monotonic() + wait_s
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
             parse = partial(_parse_match, len(digests) // DIGEST_BYTES)
-            part = await self._post("/v1/match", {"namespace": namespace}, _body(digests), parse)
+            left_s = max(0.0, ends_s - time.monotonic()) if wait_s else 0.0
+            query = {"namespace": namespace} | _wait_query(left_s)
+            part = await self._post("/v1/match", query, _body(digests), parse, more_s=left_s)
             held += part.held
             if part.miss is not None:
                 return Match(held, part.miss)
@@ -142,9 +155,15 @@ class Client:
             self._session = None
 
     async def _post(
-        self, path: str, query: Mapping[str, str], body: aiohttp.Payload, parse: Callable[[Answer], T]
+        self,
+        path: str,
+        query: Mapping[str, str],
+        body: aiohttp.Payload,
+        parse: Callable[[Answer], T],
+        *,
+        more_s: float = 0.0,
     ) -> T:
-        return await self._ask("POST", path, query, body, parse)
+        return await self._ask("POST", path, query, body, parse, more_s=more_s)
 
     async def _ask(
         self,
@@ -153,9 +172,11 @@ class Client:
         query: Mapping[str, str],
         body: aiohttp.Payload | None,
         parse: Callable[[Answer], T],
+        *,
+        more_s: float = 0.0,
     ) -> T:
         """A JSON answer, parsed."""
-        async with self._request(method, path, query, body) as response:
+        async with self._request(method, path, query, body, self._timeout_s + more_s) as response:
             try:
                 return parse({} if response.status == 204 else await _read_json(response))
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
@@ -185,18 +206,25 @@ class Client:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, query: Mapping[str, str], body: aiohttp.Payload | None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: aiohttp.Payload | None,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A successful response; everything else is one of our errors."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._open_session().request(
-                method, self.url + path, params=query, data=body, allow_redirects=False
+                method, self.url + path, params=query, data=body, allow_redirects=False, timeout=timeout
             ) as response:
                 if response.status >= 300:
                     raise await _error_of(self.name, response)
                 yield response
         except TimeoutError as exc:
-            raise BackendUnavailableError(self.name, f"{self.url} did not answer in {self._timeout.total} s") from exc
+            raise BackendUnavailableError(self.name, f"{self.url} did not answer in {timeout_s} s") from exc
         except (aiohttp.ClientError, OSError) as exc:
             raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
 
@@ -205,7 +233,6 @@ class Client:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._connections),
                 headers=self._headers,
-                timeout=self._timeout,
                 read_bufsize=READ_BYTES,
                 auto_decompress=False,
                 trust_env=False,
@@ -286,6 +313,10 @@ async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreEr
         return AuthError(detail)
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
     return error_from(backend, code, detail, float(retry_after) if retry_after.isdigit() else 1.0)
+
+
+def _wait_query(wait_s: float) -> dict[str, str]:
+    return {"wait_ms": str(min(round(wait_s * 1000), _WAIT_MS_MAX))} if wait_s else {}
 
 
 def _body(digests: bytes) -> aiohttp.Payload:

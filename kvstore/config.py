@@ -59,6 +59,10 @@ class ServerConfig:
         write_behind_bytes: Bytes that may wait for the disk tier, and for S3, before puts are refused with 503.
         scrub_bytes_per_s: Rate at which what is stored is read and verified in the background; 0 never does.
         body_timeout_s: A body must arrive at 1 MB/s after this many seconds.
+        wait_s_max: Longest time that a request may wait for chunks.
+        waiters_max: Requests that may wait for chunks at one time.
+        tenant_waiters_max: The same for one tenant.
+        fetch_bytes_max: Bytes of chunks that fetches may hold at one time.
         shutdown_timeout_s: Time that running requests get on shutdown.
         flush_timeout_s: Time that queued writes get after that.
     """
@@ -94,6 +98,10 @@ class ServerConfig:
     write_behind_bytes: int = 512 * 2**20
     scrub_bytes_per_s: int = 8 * 2**20
     body_timeout_s: float = 30.0
+    wait_s_max: float = 60.0
+    waiters_max: int = 4096
+    tenant_waiters_max: int = 1024
+    fetch_bytes_max: int = 2**30
     shutdown_timeout_s: float = 30.0
     flush_timeout_s: float = 30.0
 
@@ -114,6 +122,8 @@ class ServerConfig:
         self._check_s3()
         if self.body_bytes_max < 2**10:
             raise ConfigError(f"body_bytes_max must be at least 1KiB, not {self.body_bytes_max} bytes")
+        if min(self.waiters_max, self.tenant_waiters_max) < 0:
+            raise ConfigError("waiters_max and tenant_waiters_max must be 0 (nobody may wait) or more")
         if "" in self.tenants:
             raise ConfigError("tenants: a tenant needs a name")
         if self.tenants and not self.tenant_secret:
@@ -217,7 +227,7 @@ def _convert(name: str, value: object) -> Any:
     """
     if name.endswith(("_bytes", "_bytes_max", "_bytes_per_s")):
         convert: Callable[[object], object] = parse_size
-    elif name.endswith("_s"):
+    elif name.endswith(("_s", "_s_max")):
         convert = _positive
     else:
         convert = _CONVERTERS.get(name, str)
@@ -268,6 +278,8 @@ _CONVERTERS: Mapping[str, Callable[[object], object]] = {
     "s3_path_style": _boolean,
     "s3_threads": _integer,
     "shrink_level": _integer,
+    "waiters_max": _integer,
+    "tenant_waiters_max": _integer,
     "insecure": _boolean,
     "tenants": _tenants,
 }

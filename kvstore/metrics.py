@@ -46,6 +46,9 @@ class Metrics:
         self.chunks = self._gauge("kvstore_tier_chunks", "Chunks held.", ("tier",))
         self.used_bytes = self._gauge("kvstore_tier_bytes", "Bytes held.", ("tier",))
         self.budget_bytes = self._gauge("kvstore_tier_budget_bytes", "Bytes that may be held.", ("tier",))
+        self.waits = self._counter("kvstore_waits", "Requests that waited for chunks, by how that ended.", ("outcome",))
+        self.waiting = self._gauge("kvstore_waiting", "Requests that wait for chunks.", ())
+        self.fetching_bytes = self._gauge("kvstore_fetching_bytes", "Bytes of chunks that fetches hold.", ())
         self.queued_bytes = self._gauge("kvstore_write_behind_bytes", "Bytes waiting to be written.", ("tier",))
 
     def render(self) -> bytes:

@@ -18,6 +18,7 @@ from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
 from kvstore.server.stack import StackRoutes
 from kvstore.server.status import StatusRoutes
+from kvstore.server.waiting import Waiting
 from kvstore.tiers import TieredBackend, running_scrubber
 
 
@@ -46,6 +47,7 @@ class Running:
 
 
 RUNNING = web.AppKey("RUNNING", Running)
+WAITING = web.AppKey("WAITING", Waiting)
 
 
 def create_app(
@@ -66,12 +68,13 @@ def create_app(
     sender = Sender(config, metrics)
     status = StatusRoutes(metrics, lambda: running.ready)
     whole = StackRoutes(tenants, receiver)
-    chunk = ChunkRoutes(tenants, receiver, sender)
-    batch = BatchRoutes(tenants, receiver, sender)
+    waiting = app[WAITING] = Waiting(config, metrics)
+    chunk = ChunkRoutes(tenants, receiver, sender, waiting)
+    batch = BatchRoutes(tenants, receiver, sender, waiting)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         stack = await open_stack()
-        chunk.backend = batch.backend = whole.stack = status.stack = stack
+        chunk.backend = batch.backend = whole.stack = status.stack = waiting.stack = stack
         async with running_scrubber(stack, config, metrics):
             running.ready = True
             yield

@@ -5,21 +5,24 @@ Keys come as one namespace in the query and digests, 32 bytes each, in the body.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from heapq import nsmallest
 from itertools import groupby
 from operator import attrgetter
 
 from aiohttp import web
 
-from kvstore.backend import Backend, Copy, Held, Miss, Stored
+from kvstore.backend import Ack, Backend, Copy, Held, Match, Miss, Stored
 from kvstore.errors import RequestError
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey, chunk_key, parse_hex, split_key
+from kvstore.server.asked import Asked, asked_of
 from kvstore.server.auth import Tenants
 from kvstore.server.chunk import own
-from kvstore.server.query import ack_of, level_of, namespace_of, with_namespace
+from kvstore.server.query import ack_of, level_of, namespace_of, wait_of
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
+from kvstore.server.waiting import Waiting
 from kvstore.wire import BATCH_TYPE, batch_views
 
 SCAN_PAGE = 4096
@@ -34,10 +37,11 @@ class BatchRoutes:
 
     backend: Backend
 
-    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender) -> None:
+    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender, waiting: Waiting) -> None:
         self._tenants = tenants
         self._receiver = receiver
         self._sender = sender
+        self._waiting = waiting
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -51,34 +55,17 @@ class BatchRoutes:
         ]
 
     async def match(self, request: web.Request) -> web.Response:
-        """The longest leading run that is held, run-length coded, and why it ends."""
-        _, stored = await self._keys(request)
-        held, miss = await self.backend.match(stored)
-        return web.json_response(
-            {
-                "matched": len(held),
-                "runs": [_run_json(copy, len(list(run))) for copy, run in groupby(map(_COPY, held))],
-                "miss": None if miss is None else miss.reason.value,
-            }
-        )
+        """The longest leading run that is held, run-length coded, and why it ends; waits for it with `?wait_ms=`."""
+        wait_s = wait_of(request)
+        asked = await self._asked(request)
+        await self._waiting.until_held(request, asked.tenant, asked.stored, wait_s)
+        return web.json_response(match_json(await self.backend.match(asked.stored)))
 
     async def get(self, request: web.Request) -> web.StreamResponse:
         """Frames and misses in the order of the keys; fewer than asked for where the answer gets too large."""
         level = level_of(request)
-        keys, stored = await self._keys(request)
-        records: list[Frame | Miss] = []
-        room_bytes = self._receiver.limit_bytes
-        while len(records) < min(len(keys), _GET_KEYS_MAX):
-            start = len(records)
-            count = await self._fitting(stored[start : start + _GET_WINDOW], level, room_bytes)
-            if records and not count:
-                break
-            end = start + max(1, count)
-            found = await self.backend.get(stored[start:end], level=level)
-            records += [own(key, frame) for key, frame in zip(keys[start:end], found, strict=True)]
-            room_bytes -= sum(frame.size_bytes for frame in found if isinstance(frame, Frame))
-            # What memory answers never waits, and others want their turn.
-            await asyncio.sleep(0)
+        _, keys, stored = await self._asked(request)
+        records = [record async for some in self.records(keys, stored, level) for record in some]
         return await self._sender.send(request, 200, {"Content-Type": BATCH_TYPE}, list(batch_views(records)))
 
     async def put(self, request: web.Request) -> web.Response:
@@ -86,12 +73,11 @@ class BatchRoutes:
         tenant = self._tenants.authenticate(request)
         ack = ack_of(request)
         async with self._receiver.batch(request) as frames:
-            stored = await self.backend.put([(self._stored_key(tenant, frame), frame) for frame in frames], ack=ack)
-        return web.json_response({"stored": [_stored_json(result) for result in stored]})
+            return web.json_response(await self.put_json(tenant, frames, ack))
 
     async def trim(self, request: web.Request) -> web.Response:
         """Drop the levels above `?level=`."""
-        _, stored = await self._keys(request)
+        _, _, stored = await self._asked(request)
         if (level := level_of(request)) is None:
             raise RequestError("say which level stays: ?level=")
         await self.backend.trim(stored, level=level)
@@ -99,7 +85,7 @@ class BatchRoutes:
 
     async def delete(self, request: web.Request) -> web.Response:
         """Forget chunks."""
-        _, stored = await self._keys(request)
+        _, _, stored = await self._asked(request)
         await self.backend.delete(stored)
         return web.Response(status=204)
 
@@ -113,18 +99,41 @@ class BatchRoutes:
         page = nsmallest(SCAN_PAGE, found)
         return web.json_response({"chunks": [_chunk_json(digest, found[digest]) for digest in page]})
 
-    async def _keys(self, request: web.Request) -> tuple[list[ChunkKey], list[ChunkKey]]:
-        """Keys that the client means, and those under which they are stored.
+    async def put_json(self, tenant: str, frames: list[Frame], ack: Ack) -> dict[str, object]:
+        """Put frames: what the answer says of each."""
+        stored = await self.backend.put([(self._stored_key(tenant, frame), frame) for frame in frames], ack=ack)
+        return {"stored": [_stored_json(result) for result in stored]}
 
-        Raises:
-            KeyFormatError: The body is not a sequence of digests.
+    async def records(
+        self, keys: list[ChunkKey], stored: list[ChunkKey], level: int | None, part_bytes: int | None = None
+    ) -> AsyncIterator[list[Frame | Miss]]:
+        """Frames and misses in the order of the keys, some at a time, as far as one answer may go.
+
+        Args:
+            keys: Keys that the client means.
+            stored: Those under which they are stored.
+            level: Highest level that is wanted.
+            part_bytes: Bytes that are enough at one time; a frame is never cut.
         """
-        tenant = self._tenants.authenticate(request)
-        namespace = namespace_of(request)
-        digests = await self._receiver.digests(request)
-        keys = with_namespace(namespace, digests)
-        scoped = self._tenants.scope(tenant, namespace)
-        return keys, keys if scoped == namespace else with_namespace(scoped, digests)
+        start, window = 0, _GET_WINDOW if part_bytes is None else 1
+        room_bytes = self._receiver.limit_bytes
+        while start < min(len(keys), _GET_KEYS_MAX):
+            count = await self._fitting(stored[start : start + window], level, room_bytes)
+            if start and not count:
+                break
+            end = start + max(1, count)
+            found = await self.backend.get(stored[start:end], level=level)
+            yield [own(key, frame) for key, frame in zip(keys[start:end], found, strict=True)]
+            got_bytes = sum(frame.size_bytes for frame in found if isinstance(frame, Frame))
+            room_bytes -= got_bytes
+            if part_bytes is not None:
+                window = max(1, min(_GET_WINDOW, part_bytes * (end - start) // (got_bytes + 1)))
+            start = end
+            # What memory answers never waits, and others want their turn.
+            await asyncio.sleep(0)
+
+    async def _asked(self, request: web.Request) -> Asked:
+        return await asked_of(request, self._tenants, self._receiver)
 
     def _stored_key(self, tenant: str, frame: Frame) -> ChunkKey:
         namespace, digest = split_key(frame.key)
@@ -139,6 +148,16 @@ class BatchRoutes:
             if room_bytes < 0:
                 return count
         return min(len(held) + 1, len(keys))
+
+
+def match_json(found: Match) -> dict[str, object]:
+    """What a match answers."""
+    held, miss = found
+    return {
+        "matched": len(held),
+        "runs": [_run_json(copy, len(list(run))) for copy, run in groupby(map(_COPY, held))],
+        "miss": None if miss is None else miss.reason.value,
+    }
 
 
 def _run_json(copy: Copy, count: int) -> dict[str, object]:

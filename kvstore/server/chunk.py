@@ -10,9 +10,10 @@ from kvstore.frame import Frame, blob_of
 from kvstore.keys import ChunkKey, chunk_key, split_key
 from kvstore.server.auth import Tenants
 from kvstore.server.problems import error_problem, miss_problem
-from kvstore.server.query import ack_of, level_of, url_key
+from kvstore.server.query import ack_of, level_of, url_key, wait_of
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
+from kvstore.server.waiting import Waiting
 from kvstore.wire import BLOB_TYPE, FRAME_TYPE, total_bytes
 
 PATH = "/v1/kv/{namespace}/{digest}"
@@ -23,10 +24,11 @@ class ChunkRoutes:
 
     backend: Backend
 
-    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender) -> None:
+    def __init__(self, tenants: Tenants, receiver: Receiver, sender: Sender, waiting: Waiting) -> None:
         self._tenants = tenants
         self._receiver = receiver
         self._sender = sender
+        self._waiting = waiting
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -56,7 +58,10 @@ class ChunkRoutes:
         )
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        """A frame as it is, or the bytes of a blob; both whole or a range."""
+        """A frame as it is, or the bytes of a blob; both whole or a range; once it is there, with `?wait_ms=`."""
+        if wait_s := wait_of(request):
+            _, stored_key = self._keys(request)
+            await self._waiting.until_held(request, self._tenants.authenticate(request), [stored_key], wait_s)
         frame = await self._find(request)
         if isinstance(frame, Miss):
             return miss_problem(frame.reason)

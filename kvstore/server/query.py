@@ -2,8 +2,9 @@
 
 import re
 import struct
+from collections.abc import Mapping
 from itertools import chain
-from typing import cast
+from typing import Protocol, cast
 
 from aiohttp import web
 
@@ -13,10 +14,21 @@ from kvstore.header import LEVELS_MAX
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, chunk_key, parse_hex
 
 TTL_MAX_S = 30 * 24 * 3600
+WAIT_MS_MAX = 3600 * 1000
 
 _SECONDS = re.compile(r"[0-9]{1,7}(\.[0-9]{1,6})?", re.ASCII)
+_MILLISECONDS = re.compile(r"[0-9]{1,7}", re.ASCII)
 _ONE = struct.Struct(f"{DIGEST_BYTES}s")
 _MANY = struct.Struct(f"{DIGEST_BYTES}s" * 250)
+
+
+class Asking(Protocol):
+    """A request, as far as its parameters go."""
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """Parameters by name."""
+        ...
 
 
 def url_key(request: web.Request) -> ChunkKey:
@@ -37,7 +49,7 @@ def url_namespace(request: web.Request) -> bytes:
     return parse_hex(request.match_info["namespace"], NAMESPACE_BYTES, "namespace")
 
 
-def namespace_of(request: web.Request) -> bytes:
+def namespace_of(request: Asking) -> bytes:
     """Namespace that `?namespace=` names.
 
     Raises:
@@ -46,7 +58,7 @@ def namespace_of(request: web.Request) -> bytes:
     return parse_hex(request.query.get("namespace", ""), NAMESPACE_BYTES, "namespace")
 
 
-def level_of(request: web.Request) -> int | None:
+def level_of(request: Asking) -> int | None:
     """Quality level that `?level=` names, None where it is not given.
 
     Raises:
@@ -60,7 +72,7 @@ def level_of(request: web.Request) -> int | None:
     return int(text)
 
 
-def ack_of(request: web.Request) -> Ack:
+def ack_of(request: Asking) -> Ack:
     """Durability that `?ack=` asks for, `memory` by default.
 
     Raises:
@@ -71,6 +83,18 @@ def ack_of(request: web.Request) -> Ack:
         return Ack[text.upper()]
     except KeyError:
         raise RequestError(f"ack must be one of {', '.join(ack.name.lower() for ack in Ack)}") from None
+
+
+def wait_of(request: web.Request) -> float:
+    """Seconds that a request may wait, from `?wait_ms=`; 0 where it is not given.
+
+    Raises:
+        RequestError: It is no number of milliseconds up to an hour.
+    """
+    text = request.query.get("wait_ms", "0")
+    if not _MILLISECONDS.fullmatch(text) or int(text) > WAIT_MS_MAX:
+        raise RequestError(f"wait_ms must be an integer from 0 to {WAIT_MS_MAX}")
+    return int(text) / 1000
 
 
 def ttl_of(request: web.Request) -> float:

@@ -11,7 +11,7 @@ from aiohttp import web
 from kvstore.config import ServerConfig
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
-from kvstore.server.app import RUNNING, create_app
+from kvstore.server.app import RUNNING, WAITING, create_app
 from kvstore.tiers import open_tiers
 from kvstore.wire import READ_BYTES
 
@@ -39,6 +39,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[str]:
     )
     try:
         await runner.setup()
+        _tell_when_lost(runner, app[WAITING].gone)
         site = web.TCPSite(runner, config.host, config.port)
         try:
             await site.start()
@@ -47,6 +48,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[str]:
         yield _url(runner)
         # aiohttp drops what clients are still sending as soon as it closes connections, so wait before that.
         app[RUNNING].ready = False
+        app[WAITING].stop()
         await site.stop()
         await app[RUNNING].wait_idle(config.shutdown_timeout_s)
     finally:
@@ -68,6 +70,22 @@ async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
         announce(url)
         await stop.wait()
         log.info("stopping: finishing running requests and flushing")
+
+
+def _tell_when_lost(runner: web.AppRunner, lost: Callable[[object], None]) -> None:
+    """Call `lost` with every connection that is lost.
+
+    aiohttp's own `handler_cancellation` would end a put in the middle, too, and that is to be finished.
+    """
+    server = runner.server
+    assert server is not None, "a runner that is set up has a server"
+    forget = server.connection_lost
+
+    def connection_lost(connection: web.RequestHandler, exc: BaseException | None = None) -> None:
+        forget(connection, exc)
+        lost(connection)
+
+    server.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
 
 
 def _url(runner: web.AppRunner) -> str:
