@@ -1,22 +1,30 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
-import json
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import groupby
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import aiohttp
 from aiohttp import hdrs
 
-from kvstore.backend import Ack, Copy, Held, Match, Miss, Outcome, Reason, Stored
+from kvstore.answers import (
+    MALFORMED,
+    Answer,
+    load_answer,
+    parse_match,
+    parse_nothing,
+    parse_page,
+    parse_stored,
+    problem_of,
+)
+from kvstore.backend import Ack, Held, Match, Miss, Reason, Stored
 from kvstore.errors import (
-    AuthError,
     BackendError,
-    BackendFullError,
     BackendUnavailableError,
     ConfigError,
     FrameError,
@@ -25,15 +33,19 @@ from kvstore.errors import (
     RequestError,
 )
 from kvstore.frame import Frame
-from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, chunk_key
+from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
+from kvstore.link import LinkBody
+from kvstore.links import LinkRefusedError, Links
 from kvstore.wire import (
     BATCH_TYPE,
     DIGESTS_TYPE,
     READ_BYTES,
+    Body,
     BodyReader,
     ViewsPayload,
     batch_views,
     read_batch,
+    total_bytes,
 )
 
 GET_KEYS_MAX = 256
@@ -43,12 +55,21 @@ PUT_FRAMES = 1024
 _ANSWER_BYTES_MAX = 16 << 20
 _WAIT_MS_MAX = 3600 * 1000
 
-Answer = Mapping[str, Any]
 T = TypeVar("T")
+
+
+class Views(NamedTuple):
+    """The body of a request, as views."""
+
+    views: list[memoryview]
+    content_type: str
 
 
 class Client:
     """Talks to one server over a pool of connections that stay open.
+
+    Frames and keys travel on links (`kvstore.link`) where the server upgrades connections to them, else, and for
+    all other requests, over HTTP.
 
     Use it as an asynchronous context manager, or call `aclose`. A call that finds no server, or none that answers in
     time, raises `BackendUnavailableError`.
@@ -57,7 +78,7 @@ class Client:
         url: Such as `http://127.0.0.1:8420`.
         token: Bearer token, where the server asks for one.
         timeout_s: Time that one request may take, beside what it is asked to wait.
-        connections: Most connections that are open at one time.
+        connections: Most links that are open at one time, and most HTTP connections.
         batch_bytes_max: Largest batch that is accepted from the server; caps what its lengths can allocate.
 
     Raises:
@@ -78,11 +99,12 @@ class Client:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{url!r} is not a server's URL: it must start with http:// or https://")
         self.url = url.rstrip("/")
-        self._headers = {hdrs.AUTHORIZATION: f"Bearer {token}"} if token else {}
+        self._headers: dict[str, str] = {hdrs.AUTHORIZATION: f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
         self._connections = connections
         self._batch_bytes_max = batch_bytes_max
         self._session: aiohttp.ClientSession | None = None
+        self._links: Links | None = None
 
     async def __aenter__(self) -> "Client":
         return self
@@ -104,7 +126,7 @@ class Client:
         held: list[Held] = []
         ends_s = time.monotonic() + wait_s
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            parse = partial(_parse_match, len(digests) // DIGEST_BYTES)
+            parse = partial(parse_match, len(digests) // DIGEST_BYTES)
             left_s = max(0.0, ends_s - time.monotonic()) if wait_s else 0.0
             query = {"namespace": namespace} | _wait_query(left_s)
             part = await self._post("/v1/match", query, _body(digests), parse, more_s=left_s)
@@ -126,30 +148,32 @@ class Client:
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
         stored: list[Stored] = []
         for frames in _bodies(items):
-            payload = ViewsPayload(list(batch_views(frames)), BATCH_TYPE)
-            stored += await self._post(
-                "/v1/put", {"ack": ack.name.lower()}, payload, partial(self._parse_puts, len(frames))
-            )
+            body = Views(list(batch_views(frames)), BATCH_TYPE)
+            parse = partial(self._parse_puts, len(frames))
+            stored += await self._post("/v1/put", {"ack": ack.name.lower()}, body, parse)
         return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, _body(digests), _parse_nothing)
+            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, _body(digests), parse_nothing)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/delete", {"namespace": namespace}, _body(digests), _parse_nothing)
+            await self._post("/v1/delete", {"namespace": namespace}, _body(digests), parse_nothing)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         if namespace is None:
             raise BackendError(self.name, "a server lists one namespace at a time: name it")
         query = {"namespace": namespace.hex()}
-        while page := await self._ask("GET", "/v1/scan", query, None, partial(_parse_page, namespace)):
+        while page := await self._ask("GET", "/v1/scan", query, None, partial(parse_page, namespace)):
             for found in page:
                 yield found
             query["after"] = page[-1][0][NAMESPACE_BYTES:].hex()
 
     async def aclose(self) -> None:
+        if self._links is not None:
+            self._links.close()
+            self._links = None
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -158,11 +182,17 @@ class Client:
         self,
         path: str,
         query: Mapping[str, str],
-        body: aiohttp.Payload,
+        body: Views,
         parse: Callable[[Answer], T],
         *,
         more_s: float = 0.0,
     ) -> T:
+        # A link that waits would not tell the server that the client has gone.
+        if not more_s and (links := self._open_links()):
+            try:
+                return await self._ask_on(links, path, query, body, partial(self._read_answer, path, parse))
+            except LinkRefusedError:
+                pass
         return await self._ask("POST", path, query, body, parse, more_s=more_s)
 
     async def _ask(
@@ -170,39 +200,97 @@ class Client:
         method: str,
         path: str,
         query: Mapping[str, str],
-        body: aiohttp.Payload | None,
+        body: Views | None,
         parse: Callable[[Answer], T],
         *,
         more_s: float = 0.0,
     ) -> T:
         """A JSON answer, parsed."""
         async with self._request(method, path, query, body, self._timeout_s + more_s) as response:
-            try:
-                return parse({} if response.status == 204 else await _read_json(response))
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
-                raise BackendError(self.name, f"{self.url}{path} gave an answer that is none: {exc!r}") from exc
+            return self._parse(path, parse, b"" if response.status == 204 else await _read(response))
+
+    async def _read_answer(self, path: str, parse: Callable[[Answer], T], body: LinkBody) -> T:
+        """A JSON answer on a link, parsed."""
+        return self._parse(path, parse, await body.bound(_ANSWER_BYTES_MAX).rest())
+
+    def _parse(self, path: str, parse: Callable[[Answer], T], text: bytes) -> T:
+        try:
+            return parse(load_answer(text) if text else {})
+        except MALFORMED as exc:
+            raise BackendError(self.name, f"{self.url}{path} gave an answer that is none: {exc!r}") from exc
+
+    async def _ask_on(
+        self,
+        links: Links,
+        path: str,
+        query: Mapping[str, str],
+        body: Views,
+        read: Callable[[LinkBody], Awaitable[T]],
+    ) -> T:
+        """What `read` makes of a successful answer on a link; everything else is one of our errors.
+
+        Raises:
+            LinkRefusedError: Ask over HTTP.
+        """
+        target = path.removeprefix("/v1/") + "?" + "&".join([f"{name}={value}" for name, value in query.items()])
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                links.ask(target, body.views, total_bytes(body.views)) as (status, answer),
+            ):
+                if status < 300:
+                    return await read(answer)
+                text = await answer.bound(_ANSWER_BYTES_MAX).rest()
+        except LinkRefusedError:
+            raise
+        except TimeoutError as exc:
+            raise BackendUnavailableError(self.name, f"{self.url} did not answer in {self._timeout_s} s") from exc
+        except OSError as exc:
+            raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
+        raise problem_of(self.name, f"{self.url}{path}", status, text)
 
     async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
         """Verified answers for the first of `keys`, at least one."""
-        found: list[Frame | Miss] = []
-        async with self._request("POST", "/v1/get", query, _body(digests)) as response:
+        if links := self._open_links():
             try:
-                body = BodyReader(response.content, self._batch_bytes_max, response.content_length)
-                async for record in read_batch(body):
-                    found.append(_verified(keys[len(found)], record))
-            except (FrameError, RequestError, IndexError) as exc:
-                # Where one record ends and the next begins is not known any more, so the rest is lost with it.
+                return await self._ask_on(links, "/v1/get", query, _body(digests), partial(self._read_records, keys))
+            except LinkRefusedError:
+                pass
+        async with self._request("POST", "/v1/get", query, _body(digests)) as response:
+
+            def open_body() -> Body:
+                return BodyReader(response.content, self._batch_bytes_max, response.content_length)
+
+            found, whole = await self._records(keys, open_body)
+            if not whole:
                 response.close()
-                version = isinstance(exc, FrameVersionError)
-                return found + [Miss(Reason.IDENTITY if version else Reason.CORRUPT)] * (len(keys) - len(found))
+        return found
+
+    async def _read_records(self, keys: Sequence[ChunkKey], body: LinkBody) -> list[Frame | Miss]:
+        """The batch that a link brings; what is left of a damaged one goes with the link."""
+        found, _ = await self._records(keys, lambda: body.bound(self._batch_bytes_max))
+        return found
+
+    async def _records(
+        self, keys: Sequence[ChunkKey], open_body: Callable[[], Body]
+    ) -> tuple[list[Frame | Miss], bool]:
+        """Verified answers for the first of `keys`, and whether the body was read to its end."""
+        found: list[Frame | Miss] = []
+        try:
+            async for record in read_batch(open_body()):
+                found.append(_verified(keys[len(found)], record))
+        except (FrameError, RequestError, IndexError) as exc:
+            # Where one record ends and the next begins is not known any more, so the rest is lost with it.
+            version = isinstance(exc, FrameVersionError)
+            return found + [Miss(Reason.IDENTITY if version else Reason.CORRUPT)] * (len(keys) - len(found)), False
         if not found:
             raise BackendError(self.name, "the server answered a batch without records")
-        return found
+        return found, True
 
     def _parse_puts(self, frames: int, answer: Answer) -> list[Stored]:
         if len(answer["stored"]) != frames:
             raise ValueError(f"{len(answer['stored'])} answers to {frames} frames")
-        return [_parse_stored(self.name, result) for result in answer["stored"]]
+        return [parse_stored(self.name, result) for result in answer["stored"]]
 
     @asynccontextmanager
     async def _request(
@@ -210,15 +298,16 @@ class Client:
         method: str,
         path: str,
         query: Mapping[str, str],
-        body: aiohttp.Payload | None,
+        body: Views | None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A successful response; everything else is one of our errors."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s)
+        data = None if body is None else ViewsPayload(*body)
         try:
             async with self._open_session().request(
-                method, self.url + path, params=query, data=body, allow_redirects=False, timeout=timeout
+                method, self.url + path, params=query, data=data, allow_redirects=False, timeout=timeout
             ) as response:
                 if response.status >= 300:
                     raise await _error_of(self.name, response)
@@ -227,6 +316,12 @@ class Client:
             raise BackendUnavailableError(self.name, f"{self.url} did not answer in {timeout_s} s") from exc
         except (aiohttp.ClientError, OSError) as exc:
             raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
+
+    def _open_links(self) -> Links | None:
+        """The links, unless the server is known to have none."""
+        if self._links is None:
+            self._links = Links(self.url, self._headers, self._connections)
+        return None if self._links.refused else self._links
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -238,30 +333,6 @@ class Client:
                 trust_env=False,
             )
         return self._session
-
-
-def error_classes() -> dict[str, type[KVStoreError]]:
-    """Every error class by its stable code."""
-    found: dict[str, type[KVStoreError]] = {}
-    pending: list[type[KVStoreError]] = [KVStoreError]
-    while pending:
-        error_class = pending.pop()
-        # A subclass that only its own module knows shares the code of its base.
-        found.setdefault(error_class.code, error_class)
-        pending += error_class.__subclasses__()
-    return found
-
-
-def error_from(backend: str, code: str, detail: str, retry_after_s: float = 1.0) -> KVStoreError:
-    """The error that a problem's code stands for; an unknown code is a `BackendError`."""
-    error_class = error_classes().get(code, BackendError)
-    if issubclass(error_class, BackendUnavailableError):
-        return error_class(backend, detail, retry_after_s)
-    if issubclass(error_class, BackendFullError):
-        return BackendFullError(backend, detail)
-    if issubclass(error_class, BackendError) or error_class is KVStoreError:
-        return BackendError(backend, detail)
-    return error_class(detail)
 
 
 def _verified(key: ChunkKey, record: Frame | Miss) -> Frame | Miss:
@@ -295,89 +366,20 @@ def _bodies(items: Iterable[tuple[ChunkKey, Frame]]) -> Iterator[list[Frame]]:
         yield frames
 
 
-async def _read_json(response: aiohttp.ClientResponse) -> dict[str, Any]:
+async def _read(response: aiohttp.ClientResponse) -> bytes:
     body = BodyReader(response.content, _ANSWER_BYTES_MAX, response.content_length)
-    answer = json.loads(b"".join([bytes(part) async for part in body.parts()]))
-    if not isinstance(answer, dict):
-        raise TypeError("the server's answer is not a JSON object")
-    return answer
+    return b"".join([bytes(part) async for part in body.parts()])
 
 
 async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreError:
-    try:
-        answer = await _read_json(response)
-        code, detail = str(answer["code"]), str(answer["detail"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return BackendError(backend, f"{response.url} answered {response.status} {response.reason}")
-    if response.status == 401:
-        return AuthError(detail)
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
-    return error_from(backend, code, detail, float(retry_after) if retry_after.isdigit() else 1.0)
+    retry_after_s = float(retry_after) if retry_after.isdigit() else 1.0
+    return problem_of(backend, str(response.url), response.status, await _read(response), retry_after_s)
 
 
 def _wait_query(wait_s: float) -> dict[str, str]:
     return {"wait_ms": str(min(round(wait_s * 1000), _WAIT_MS_MAX))} if wait_s else {}
 
 
-def _body(digests: bytes) -> aiohttp.Payload:
-    return aiohttp.BytesPayload(digests, content_type=DIGESTS_TYPE)
-
-
-def _parse_nothing(_: Answer) -> None:
-    return None
-
-
-def _parse_match(keys: int, answer: Answer) -> Match:
-    held: list[Held] = []
-    for run in answer["runs"]:
-        count = int(run["count"])
-        if not 0 < count <= keys - len(held):
-            raise ValueError(f"a run of {count} chunks is more than was asked for")
-        held += [Held(None, _parse_copy(run))] * count
-    if (answer["miss"] is None) != (len(held) == keys):
-        raise ValueError(f"{len(held)} of {keys} chunks are said to be held, and miss is {answer['miss']!r}")
-    return Match(held, None if answer["miss"] is None else Miss(_reason(answer["miss"])))
-
-
-def _parse_page(namespace: bytes, answer: Answer) -> list[tuple[ChunkKey, Held]]:
-    return [
-        (chunk_key(namespace, bytes.fromhex(chunk["digest"])), Held(_frame_id(chunk), _parse_copy(chunk)))
-        for chunk in answer["chunks"]
-    ]
-
-
-def _frame_id(chunk: Answer) -> bytes | None:
-    return None if chunk["frame_id"] is None else bytes.fromhex(chunk["frame_id"])
-
-
-def _parse_copy(fields: Answer) -> Copy:
-    copy = Copy(
-        str(fields["tier"]),
-        int(fields["head_bytes"]),
-        tuple(int(size) for size in fields["level_bytes"]),
-        int(fields["levels"]),
-        bool(fields["inexact"]),
-    )
-    if not 0 < len(copy.level_bytes) <= copy.levels or min(copy.head_bytes, *copy.level_bytes) < 0:
-        raise ValueError(f"there is no such copy: {copy}")
-    return copy
-
-
-def _reason(text: str) -> Reason:
-    try:
-        return Reason(text)
-    except ValueError:
-        # A newer server may know reasons that this client does not.
-        return Reason.ABSENT
-
-
-def _parse_stored(backend: str, fields: Answer) -> Stored:
-    ack = None if fields["ack"] is None else Ack[str(fields["ack"]).upper()]
-    error = None
-    if fields["code"] is not None:
-        found = error_from(backend, str(fields["code"]), str(fields["detail"]))
-        error = found if isinstance(found, BackendError) else BackendError(backend, str(found))
-    outcome = Outcome(fields["outcome"])
-    if (outcome is Outcome.FAILED) != (ack is None) or (ack is None and error is None):
-        raise ValueError(f"a put cannot end so: {fields}")
-    return Stored(outcome, ack, error)
+def _body(digests: bytes) -> Views:
+    return Views([memoryview(digests)], DIGESTS_TYPE)

@@ -6,6 +6,7 @@ then that many bytes: a frame, or the reason of a miss as ASCII. Nothing is ever
 
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Protocol
 
 from aiohttp import StreamReader, payload
 from aiohttp.abc import AbstractStreamWriter
@@ -40,10 +41,32 @@ _KIND_FRAME, _KIND_MISS = 0, 1
 _MISS_BYTES_MAX = 64
 
 Send = Callable[[memoryview], Awaitable[None]]
+Arrived = Callable[[int], None]
+
+
+class Body(Protocol):
+    """A body as it arrives, in the pieces that its reader asks for."""
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that may still come."""
+        ...
+
+    async def at_end(self) -> bool:
+        """Whether the body has ended."""
+        ...
+
+    async def fill(self, buffer: memoryview) -> None:
+        """Fill a buffer, or raise `BodyLengthError`."""
+        ...
+
+    async def take(self, size_bytes: int) -> bytes:
+        """Exactly that many bytes, or `BodyLengthError`; the caller has bounded the number."""
+        ...
 
 
 class BodyReader:
-    """Hands out a body's bytes in the pieces that its reader asks for.
+    """The body of an HTTP message.
 
     Args:
         stream: The body as it arrives.
@@ -60,7 +83,7 @@ class BodyReader:
         stream: StreamReader,
         limit_bytes: int,
         announced_bytes: int | None,
-        arrived: Callable[[int], None] | None = None,
+        arrived: Arrived | None = None,
     ) -> None:
         if announced_bytes is not None and announced_bytes > limit_bytes:
             raise BodySizeError(f"a body of {announced_bytes} bytes is over the limit of {limit_bytes}")
@@ -144,7 +167,7 @@ class BodyReader:
             raise BodySizeError(f"the body is over the limit of {self._limit_bytes} bytes")
 
 
-async def read_frame(body: BodyReader, size_bytes: int | None) -> Frame:
+async def read_frame(body: Body, size_bytes: int | None) -> Frame:
     """Read one frame: its head first, then one buffer for each level that is there; not yet verified.
 
     Args:
@@ -188,7 +211,7 @@ async def read_blob(body: BodyReader) -> tuple[memoryview, int]:
     return memoryview(grown), length
 
 
-async def read_batch(body: BodyReader) -> AsyncIterator[Frame | Miss]:
+async def read_batch(body: Body) -> AsyncIterator[Frame | Miss]:
     """Read a batch: frames, not yet verified, and misses, each as soon as it is complete.
 
     Raises:
@@ -201,7 +224,7 @@ async def read_batch(body: BodyReader) -> AsyncIterator[Frame | Miss]:
         if kind == _KIND_FRAME:
             yield await read_frame(body, size_bytes)
         elif kind == _KIND_MISS and size_bytes <= _MISS_BYTES_MAX:
-            yield _parse_miss(await body.take(size_bytes))
+            yield parse_miss(await body.take(size_bytes))
         else:
             raise FrameCorruptError(f"a batch record of kind {kind} with {size_bytes} bytes is unknown")
 
@@ -246,7 +269,7 @@ class ViewsPayload(payload.Payload):
         await send_views(writer.write, self._views)
 
 
-async def _read_head(body: BodyReader, size_bytes: int | None) -> Head:
+async def _read_head(body: Body, size_bytes: int | None) -> Head:
     if size_bytes is not None and size_bytes > body.left_bytes:
         raise BodySizeError(f"a frame of {size_bytes} bytes does not fit into the {body.left_bytes} that may come")
     prefix = await body.take(PREFIX_BYTES)
@@ -258,13 +281,14 @@ async def _read_head(body: BodyReader, size_bytes: int | None) -> Head:
     return head
 
 
-async def _read_level(body: BodyReader, size_bytes: int) -> memoryview:
+async def _read_level(body: Body, size_bytes: int) -> memoryview:
     buffer = allocate(size_bytes)
     await body.fill(buffer)
     return buffer
 
 
-def _parse_miss(text: bytes) -> Miss:
+def parse_miss(text: bytes) -> Miss:
+    """A miss from the text of its reason; one that is unknown here is `absent`."""
     try:
         return Miss(Reason(text.decode("ascii")))
     except ValueError:

@@ -10,9 +10,10 @@ import pytest
 from aiohttp import web
 
 from kvstore import errors
+from kvstore.answers import error_classes, error_from
 from kvstore.backend import Ack, Miss, Outcome, Reason
 from kvstore.backends.host import HostBackend
-from kvstore.client import Client, error_classes, error_from
+from kvstore.client import Client
 from kvstore.errors import BackendError, BackendUnavailableError, ConfigError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.server.problems import STATUS, status_of

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore.answers import error_classes
 from kvstore.backend import Outcome, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.cli import main
-from kvstore.client import Client, error_classes
+from kvstore.client import Client
 from kvstore.codecs import CALIBRATED, NAMED, Context
 from kvstore.codecs.context import known_planes, written_planes
 from kvstore.codecs.registry import STAGES

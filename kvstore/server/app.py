@@ -13,6 +13,7 @@ from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
 from kvstore.server.batch import BatchRoutes
 from kvstore.server.chunk import ChunkRoutes
+from kvstore.server.linked import LinkRoutes
 from kvstore.server.problems import Handler, problems
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
@@ -72,6 +73,8 @@ def create_app(
     chunk = ChunkRoutes(tenants, receiver, sender, waiting)
     batch = BatchRoutes(tenants, receiver, sender, waiting)
 
+    links = LinkRoutes(tenants, receiver, batch, config, metrics, running)
+
     async def life(_: web.Application) -> AsyncIterator[None]:
         stack = await open_stack()
         chunk.backend = batch.backend = whole.stack = status.stack = waiting.stack = stack
@@ -85,8 +88,9 @@ def create_app(
         response.headers[hdrs.SERVER] = "kvstore"
 
     app.cleanup_ctx.append(life)
+    app.on_shutdown.append(links.shutdown)
     app.on_response_prepare.append(sign)
-    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes(), *whole.routes()])
+    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes(), *whole.routes(), *links.routes()])
     return app
 
 

@@ -72,11 +72,26 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except (HttpProcessingError, web.RequestPayloadError, ConnectionError) as exc:
         # Where the connection is gone nobody reads this answer.
         return _closing(problem(400, "body-length", f"the body could not be read: {exc}"))
-    except TimeoutError:
-        return _closing(problem(408, "body-timeout", "the body did not arrive in time"))
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        return _closing(problem(500, KVStoreError.code, "something failed here that should not; see the server's log"))
+    except Exception as exc:
+        return _closing(failure(f"{request.method} {request.path}", exc))
+
+
+def failure(request: str, exc: Exception) -> web.Response:
+    """The answer to a request that ended with an exception; what is not the client's doing is logged.
+
+    Args:
+        request: What was asked, in a word or two.
+        exc: What it ended with.
+    """
+    if isinstance(exc, KVStoreError):
+        response = error_problem(exc)
+        if response.status >= 500:
+            log.warning("%s: %s", request, exc)
+        return response
+    if isinstance(exc, TimeoutError):
+        return problem(408, "body-timeout", "the body did not arrive in time")
+    log.error("%s failed", request, exc_info=exc)
+    return problem(500, KVStoreError.code, "something failed here that should not; see the server's log")
 
 
 def error_problem(error: KVStoreError, *, headers: Mapping[str, str] | None = None, **extra: str) -> web.Response:
@@ -92,9 +107,7 @@ def error_problem(error: KVStoreError, *, headers: Mapping[str, str] | None = No
 
 
 def _answer(request: web.Request, error: KVStoreError) -> web.Response:
-    response = error_problem(error)
-    if response.status >= 500:
-        log.warning("%s %s: %s", request.method, request.path, error)
+    response = failure(f"{request.method} {request.path}", error)
     return response if request.content.at_eof() else _closing(response)
 
 

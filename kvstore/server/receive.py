@@ -1,9 +1,10 @@
 """Bodies on their way in: bounded in size, in time and in how many there are at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiohttp import hdrs, web
 
@@ -18,8 +19,19 @@ from kvstore.errors import (
 )
 from kvstore.frame import Frame, blob_frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey
+from kvstore.link import LinkBody
 from kvstore.metrics import Metrics
-from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE, FRAME_TYPE, BodyReader, read_batch, read_blob, read_frame
+from kvstore.wire import (
+    BATCH_TYPE,
+    DIGESTS_TYPE,
+    FRAME_TYPE,
+    Arrived,
+    Body,
+    BodyReader,
+    read_batch,
+    read_blob,
+    read_frame,
+)
 
 SLOWEST_BYTES_PER_S = 1e6
 """A peer that sends or takes a body more slowly than this is not waited for."""
@@ -27,6 +39,11 @@ KEYS_MAX = 1 << 16
 """Keys of one request."""
 FRAMES_MAX = 4096
 """Frames of one put."""
+DIGESTS_BYTES_MAX = KEYS_MAX * DIGEST_BYTES
+
+B = TypeVar("B", bound=Body)
+OpenBody = Callable[[int, Arrived], B]
+"""Starts to read a body of at most so many bytes, each of which is reported as it arrives."""
 
 
 class Receiver:
@@ -51,7 +68,7 @@ class Receiver:
             FrameError: The body is said to be a frame and is not a sound one of this key.
         """
         with self._receipt() as receipt:
-            async with self._reading(request, receipt, self.limit_bytes) as reader:
+            async with self._reading(_http_body(request), receipt, self.limit_bytes) as reader:
                 if request.content_type == FRAME_TYPE:
                     frame = await read_frame(reader, reader.announced_bytes)
                     await reader.end()
@@ -70,9 +87,15 @@ class Receiver:
             BodySizeError: There are more than `FRAMES_MAX`.
         """
         require_type(request, BATCH_TYPE)
+        async with self.frames(_http_body(request)) as frames:
+            yield frames
+
+    @asynccontextmanager
+    async def frames(self, open_body: OpenBody[Body]) -> AsyncIterator[list[Frame]]:
+        """As `batch`, from wherever the batch comes."""
         frames: list[Frame] = []
         with self._receipt() as receipt:
-            async with self._reading(request, receipt, self.limit_bytes) as reader:
+            async with self._reading(open_body, receipt, self.limit_bytes) as reader:
                 async for record in read_batch(reader):
                     if isinstance(record, Miss):
                         raise FrameCorruptError("a put brings frames, not misses")
@@ -91,11 +114,15 @@ class Receiver:
         """
         require_type(request, DIGESTS_TYPE)
         with self._receipt() as receipt:
-            async with self._reading(request, receipt, KEYS_MAX * DIGEST_BYTES) as reader:
+            async with self._reading(_http_body(request), receipt, DIGESTS_BYTES_MAX) as reader:
                 digests = b"".join([bytes(part) async for part in reader.parts()])
-        if len(digests) % DIGEST_BYTES:
-            raise KeyFormatError(f"the body must be digests of {DIGEST_BYTES} bytes each")
-        return digests
+        return check_digests(digests)
+
+    async def link_digests(self, open_body: OpenBody[LinkBody]) -> bytes:
+        """As `digests`, from a link."""
+        with self._receipt() as receipt:
+            async with self._reading(open_body, receipt, DIGESTS_BYTES_MAX) as body:
+                return check_digests(await body.rest())
 
     @contextmanager
     def _receipt(self) -> Iterator["_Receipt"]:
@@ -107,7 +134,7 @@ class Receiver:
             self._metrics.received_bytes.inc(receipt.size_bytes)
 
     @asynccontextmanager
-    async def _reading(self, request: web.Request, receipt: "_Receipt", limit_bytes: int) -> AsyncIterator[BodyReader]:
+    async def _reading(self, open_body: OpenBody[B], receipt: "_Receipt", limit_bytes: int) -> AsyncIterator[B]:
         """The body of a request, for as long as it is read.
 
         Raises:
@@ -116,8 +143,6 @@ class Receiver:
             BackendBusyError: Too many bytes are in receipt already.
             TimeoutError: It arrives too slowly.
         """
-        if hdrs.CONTENT_ENCODING in request.headers:
-            raise MediaTypeError("send the body without Content-Encoding")
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s
 
         def arrived(size_bytes: int) -> None:
@@ -129,7 +154,7 @@ class Receiver:
             timeout.reschedule(deadline_s + receipt.size_bytes / SLOWEST_BYTES_PER_S)
 
         async with asyncio.timeout_at(deadline_s) as timeout:
-            yield BodyReader(request.content, limit_bytes, request.content_length, arrived)
+            yield open_body(limit_bytes, arrived)
 
 
 @dataclass(slots=True)
@@ -137,6 +162,26 @@ class _Receipt:
     """Bytes of one body that count as being in receipt."""
 
     size_bytes: int = 0
+
+
+def check_digests(body: bytes) -> bytes:
+    """A body that names keys, as it is.
+
+    Raises:
+        KeyFormatError: It is not a sequence of digests.
+    """
+    if len(body) % DIGEST_BYTES:
+        raise KeyFormatError(f"the body must be digests of {DIGEST_BYTES} bytes each")
+    return body
+
+
+def _http_body(request: web.Request) -> OpenBody[BodyReader]:
+    def open_body(limit_bytes: int, arrived: Arrived) -> BodyReader:
+        if hdrs.CONTENT_ENCODING in request.headers:
+            raise MediaTypeError("send the body without Content-Encoding")
+        return BodyReader(request.content, limit_bytes, request.content_length, arrived)
+
+    return open_body
 
 
 def require_type(request: web.Request, content_type: str) -> None:

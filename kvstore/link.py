@@ -1,0 +1,343 @@
+"""A connection that has left HTTP behind: received straight into the buffers that keep the bytes, sent from views.
+
+An HTTP parser copies every body twice more than is needed (docs/decisions). So a client asks the server to upgrade a
+connection (RFC 9110, 7.8) and both then speak messages of their own, which carry the routes, bodies and errors of the
+HTTP API:
+
+    request:  length of the target (2 bytes) | 6 zero bytes | length of the body (8) | target | body
+    answer:   status (2) | 6 zero bytes | length of the body (8) | body
+
+Numbers are little-endian. The target is the route without `/v1/`, with its query. An answer whose length is `IN_PARTS`
+has a body of parts, each behind its length (8 bytes), and ends with a part of no bytes.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterable
+
+from kvstore.errors import BodyLengthError, BodySizeError
+
+PATH = "/v1/link"
+PROTOCOL = "kvstore-link/1"
+"""What the `Upgrade` header says; another version of the messages is another protocol."""
+
+MESSAGE_BYTES = 16
+TARGET_BYTES_MAX = 1024
+IN_PARTS = (1 << 64) - 1
+
+_MESSAGE = struct.Struct("<H6xQ")
+_PART = struct.Struct("<Q")
+# A head, a target and a batch of digests arrive in one call; larger buffers are filled without a detour.
+_SCRATCH_BYTES = 64 << 10
+# Others want their turn on the event loop.
+_TURN_BYTES = 4 << 20
+_VIEWS_MAX = 64
+
+
+class LinkClosedError(ConnectionError):
+    """The peer closed the connection."""
+
+
+class Link:
+    """A connected stream socket, for one reader and one writer at a time.
+
+    A call that is cancelled leaves the link in the middle of a message: close it.
+
+    Args:
+        connected: The socket; the link owns it.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._start = self._end = 0
+        self._target = memoryview(b"")
+        self._enough = 0
+        self._got = 0
+        self._arrived: Callable[[int], None] | None = None
+        self._listens = False
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._unsent: list[memoryview] = []
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._socket.fileno() < 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing has arrived that was not asked for, as far as is known."""
+        return self._start == self._end
+
+    async def take(self, size_bytes: int) -> bytes:
+        """Exactly that many bytes, at most 64 KiB.
+
+        Raises:
+            LinkClosedError: The peer closed the connection before.
+        """
+        if self._end - self._start < size_bytes:
+            self._scratch[: self._end - self._start] = bytes(self._scratch[self._start : self._end])
+            self._start, self._end = 0, self._end - self._start
+            missing = size_bytes - self._end
+            self._end += await self._receive(self._scratch[self._end :], missing, None)
+        taken = bytes(self._scratch[self._start : self._start + size_bytes])
+        self._start += size_bytes
+        return taken
+
+    async def fill(self, buffer: memoryview, arrived: Callable[[int], None] | None = None) -> None:
+        """Fill a buffer.
+
+        Args:
+            buffer: What to fill.
+            arrived: Called with the number of bytes whenever some arrive; may refuse them by raising.
+
+        Raises:
+            LinkClosedError: The peer closed the connection before.
+        """
+        ready = min(len(buffer), self._end - self._start)
+        if ready:
+            buffer[:ready] = self._scratch[self._start : self._start + ready]
+            self._start += ready
+            if arrived is not None:
+                arrived(ready)
+        if ready < len(buffer) and len(buffer) - ready < _SCRATCH_BYTES:
+            # What follows a small buffer comes along with it.
+            self._start, self._end = 0, await self._receive(self._scratch, len(buffer) - ready, None)
+            await self.fill(buffer[ready:], arrived)
+        elif ready < len(buffer):
+            await self._receive(buffer[ready:], len(buffer) - ready, arrived)
+
+    async def send(self, views: Iterable[bytes | memoryview]) -> None:
+        """Send bytes; the socket has taken all of them when this returns.
+
+        Raises:
+            ConnectionError: The connection is broken.
+        """
+        assert not self._unsent, "one writer at a time"
+        self._unsent = [memoryview(view) for view in views][::-1]
+        if self._push():
+            return
+        self._writer = self._loop.create_future()
+        self._loop.add_writer(self._socket, self._writable)
+        try:
+            await self._writer
+        finally:
+            self._writer = None
+            self._unsent = []
+            if not self.closed:
+                self._loop.remove_writer(self._socket)
+
+    def close(self) -> None:
+        """Close the connection; whoever waits on it gets a `LinkClosedError`."""
+        if self.closed:
+            return
+        if self._listens:
+            self._loop.remove_reader(self._socket)
+        if self._writer is not None:
+            self._loop.remove_writer(self._socket)
+        self._socket.close()
+        for waiting in (self._reader, self._writer):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(LinkClosedError("the connection was closed"))
+
+    async def _receive(self, target: memoryview, enough: int, arrived: Callable[[int], None] | None) -> int:
+        """Receive at least `enough` bytes into a buffer: how many there were."""
+        assert self._reader is None, "one reader at a time"
+        if self.closed:
+            raise LinkClosedError("the connection is closed")
+        self._target, self._enough, self._got, self._arrived = target, enough, 0, arrived
+        self._reader = self._loop.create_future()
+        if not self._listens:
+            self._loop.add_reader(self._socket, self._readable)
+            self._listens = True
+        try:
+            await self._reader
+        finally:
+            self._reader, self._arrived, self._target = None, None, memoryview(b"")
+        return self._got
+
+    def _readable(self) -> None:
+        """Something has arrived, or the peer has closed."""
+        if self._reader is None or self._reader.done():
+            # Nobody wants it now. The socket keeps it, and the peer stops when that is full.
+            self._loop.remove_reader(self._socket)
+            self._listens = False
+            return
+        try:
+            self._pull()
+        except (BlockingIOError, InterruptedError):
+            return
+        except Exception as exc:
+            self._reader.set_exception(exc)
+        else:
+            if self._got >= self._enough:
+                self._reader.set_result(None)
+
+    def _pull(self) -> None:
+        turn_bytes = 0
+        while self._got < self._enough and turn_bytes < _TURN_BYTES:
+            received = self._socket.recv_into(self._target[self._got :])
+            if not received:
+                raise LinkClosedError("the peer closed the connection")
+            self._got += received
+            turn_bytes += received
+            if self._arrived is not None:
+                self._arrived(received)
+
+    def _writable(self) -> None:
+        """The socket has room again."""
+        assert self._writer is not None, "there is a writer as long as this is called"
+        if self._writer.done():
+            return
+        try:
+            sent = self._push()
+        except OSError as exc:
+            self._writer.set_exception(exc)
+        else:
+            if sent:
+                self._writer.set_result(None)
+
+    def _push(self) -> bool:
+        """Give the socket what it takes: whether that is all."""
+        turn_bytes = 0
+        while self._unsent and turn_bytes < _TURN_BYTES:
+            views = self._unsent[: -_VIEWS_MAX - 1 : -1]
+            try:
+                sent = self._socket.sendmsg(views)
+            except (BlockingIOError, InterruptedError):
+                return False
+            turn_bytes += sent
+            for view in views:
+                if sent < len(view):
+                    self._unsent[-1] = view[sent:]
+                    break
+                sent -= len(view)
+                self._unsent.pop()
+        return not self._unsent
+
+
+class LinkBody:
+    """The body of a message on a link, in the pieces that its reader asks for.
+
+    Args:
+        link: Where it arrives.
+        size_bytes: Its length, or `IN_PARTS`.
+    """
+
+    def __init__(self, link: Link, size_bytes: int) -> None:
+        self._link = link
+        self._in_parts = size_bytes == IN_PARTS
+        self._part_bytes = 0 if self._in_parts else size_bytes
+        self._limit_bytes = IN_PARTS
+        self._arrived: Callable[[int], None] | None = None
+        self.read_bytes = 0
+
+    def bound(self, limit_bytes: int, arrived: Callable[[int], None] | None = None) -> "LinkBody":
+        """The same body, of which no more is accepted.
+
+        Args:
+            limit_bytes: Most bytes of it.
+            arrived: Called with the number of bytes whenever some arrive; may refuse them by raising.
+
+        Raises:
+            BodySizeError: It is announced larger than the limit.
+        """
+        self._limit_bytes, self._arrived = limit_bytes, arrived
+        self._check_limit()
+        return self
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that may still come."""
+        return self._limit_bytes - self.read_bytes if self._in_parts else self._part_bytes
+
+    @property
+    def open(self) -> bool:
+        """Whether there are parts to come."""
+        return self._in_parts
+
+    async def at_end(self) -> bool:
+        """Whether the body has ended.
+
+        Raises:
+            BodySizeError: It goes beyond the limit.
+        """
+        if self._in_parts and not self._part_bytes:
+            (self._part_bytes,) = _PART.unpack(await self._link.take(_PART.size))
+            # The last part has been read, and nothing of the next message with it.
+            self._in_parts = self._part_bytes > 0
+            self._check_limit()
+        return not self._part_bytes
+
+    async def fill(self, buffer: memoryview) -> None:
+        """Fill a buffer.
+
+        Raises:
+            BodyLengthError: The body, or a part of it, ends before the buffer is full.
+        """
+        if len(buffer) > self._part_bytes:
+            raise BodyLengthError(f"the body ends after {self.read_bytes + self._part_bytes} bytes")
+        await self._link.fill(buffer, self._note)
+
+    async def take(self, size_bytes: int) -> bytes:
+        """Exactly that many bytes; the caller has bounded the number.
+
+        Raises:
+            BodyLengthError: The body, or a part of it, ends before.
+        """
+        if size_bytes > MESSAGE_BYTES * 4:
+            buffer = bytearray(size_bytes)
+            await self.fill(memoryview(buffer))
+            return bytes(buffer)
+        if size_bytes > self._part_bytes:
+            raise BodyLengthError(f"the body ends after {self.read_bytes + self._part_bytes} bytes")
+        taken = await self._link.take(size_bytes)
+        self._note(size_bytes)
+        return taken
+
+    async def rest(self) -> bytes:
+        """All that is left of a body that is not in parts."""
+        assert not self._in_parts, "a body in parts has no length"
+        return await self.take(self._part_bytes)
+
+    async def discard(self) -> None:
+        """Read to the end and keep nothing."""
+        self._arrived = None
+        waste = memoryview(bytearray(min(self._part_bytes, _TURN_BYTES)))
+        while self._part_bytes:
+            await self.fill(waste[: min(len(waste), self._part_bytes)])
+
+    def _note(self, size_bytes: int) -> None:
+        # Counted first: whatever is refused now, what follows on the link is known.
+        self.read_bytes += size_bytes
+        self._part_bytes -= size_bytes
+        if self._arrived is not None:
+            self._arrived(size_bytes)
+
+    def _check_limit(self) -> None:
+        if self.read_bytes + self._part_bytes > self._limit_bytes:
+            raise BodySizeError(
+                f"a body of {self.read_bytes + self._part_bytes} bytes is over the limit of {self._limit_bytes}"
+            )
+
+
+def pack_message(number: int, body_bytes: int) -> bytes:
+    """Head of a message: `number` is the length of a request's target, or an answer's status."""
+    return _MESSAGE.pack(number, body_bytes)
+
+
+def unpack_message(head: bytes) -> tuple[int, int]:
+    """What `pack_message` was given."""
+    number, body_bytes = _MESSAGE.unpack(head)
+    return number, body_bytes
+
+
+def pack_part(size_bytes: int) -> bytes:
+    """What stands before a part of a body; a part of no bytes ends it."""
+    return _PART.pack(size_bytes)

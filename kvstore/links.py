@@ -1,0 +1,158 @@
+"""A client's links to one server: opened by upgrading HTTP connections, kept, and used again."""
+
+import asyncio
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from kvstore.link import (
+    MESSAGE_BYTES,
+    PATH,
+    PROTOCOL,
+    Link,
+    LinkBody,
+    LinkClosedError,
+    pack_message,
+    unpack_message,
+)
+
+_HEAD_BYTES_MAX = 16 << 10
+_REFUSED_S = 60.0
+
+
+class LinkRefusedError(ConnectionError):
+    """There is a server, but it (or a proxy before it) does not upgrade connections; HTTP may work."""
+
+
+class LinkAnswer(NamedTuple):
+    """Status and body of an answer."""
+
+    status: int
+    body: LinkBody
+
+
+class Links:
+    """At most so many links, each of which carries one request at a time.
+
+    Args:
+        url: Root of the server.
+        headers: Headers of the upgrade, such as the authorization.
+        links_max: Most links that are open at one time.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], links_max: int) -> None:
+        parts = urlsplit(url)
+        self._host = parts.hostname or ""
+        self._port = parts.port or 80
+        lines = [f"GET {parts.path}{PATH} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}", "Connection: Upgrade"]
+        lines += [f"Upgrade: {PROTOCOL}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        self._upgrade = "\r\n".join(lines).encode("utf-8")
+        # A link leaves the socket's bytes as they are, so there is none over TLS.
+        self._refused_until_s = 0.0 if parts.scheme == "http" else float("inf")
+        self._room = asyncio.Semaphore(links_max)
+        self._idle: deque[Link] = deque()
+        self._closed = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server is known not to upgrade; it is asked again after a minute."""
+        return time.monotonic() < self._refused_until_s
+
+    @asynccontextmanager
+    async def ask(self, target: str, body: Sequence[memoryview | bytes], body_bytes: int) -> AsyncIterator[LinkAnswer]:
+        """Send a request; the link is kept if the answer has been read to its end when the block is left.
+
+        Args:
+            target: Route without `/v1/`, with its query.
+            body: Views of the body.
+            body_bytes: Bytes of it.
+
+        Raises:
+            LinkRefusedError: The server does not upgrade connections.
+            OSError: It cannot be reached, or the connection broke.
+        """
+        name = target.encode("ascii")
+        head = pack_message(len(name), body_bytes) + name
+        async with self._room:
+            link, status, answer_bytes = await self._send([head, *body])
+            answer = LinkBody(link, answer_bytes)
+            try:
+                yield LinkAnswer(status, answer)
+            except BaseException:
+                link.close()
+                raise
+            if self._closed or answer.open or answer.left_bytes or not link.quiet:
+                link.close()
+            else:
+                self._idle.append(link)
+
+    def close(self) -> None:
+        """Close all links, those that are in use when they are not any more."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _send(self, message: Sequence[memoryview | bytes]) -> tuple[Link, int, int]:
+        """Send a message: the link, and what the head of the answer says."""
+        while True:
+            kept = bool(self._idle)
+            link = self._idle.pop() if kept else await self._open()
+            try:
+                await link.send(message)
+                return link, *unpack_message(await link.take(MESSAGE_BYTES))
+            except ConnectionError:
+                link.close()
+                # The server may have closed a link that was idle. What it carries may be sent twice.
+                if not kept:
+                    raise
+            except BaseException:
+                link.close()
+                raise
+
+    async def _open(self) -> Link:
+        link = Link(await self._connect())
+        try:
+            await link.send([self._upgrade])
+            head = await _read_head(link)
+        except BaseException:
+            link.close()
+            raise
+        status, _, rest = head.partition(b"\r\n")
+        if status.split(b" ")[1:2] != [b"101"] or f"upgrade: {PROTOCOL}\r\n".encode() not in rest.lower():
+            link.close()
+            self._refused_until_s = time.monotonic() + _REFUSED_S
+            raise LinkRefusedError(f"the server answers {status!r}")
+        return link
+
+    async def _connect(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        failure = OSError(f"{self._host} has no address")
+        for family, kind, protocol, _, address in found:
+            connecting = socket.socket(family, kind, protocol)
+            connecting.setblocking(False)
+            try:
+                await loop.sock_connect(connecting, address)
+            except OSError as exc:
+                connecting.close()
+                failure = exc
+            except BaseException:
+                connecting.close()
+                raise
+            else:
+                return connecting
+        raise failure
+
+
+async def _read_head(link: Link) -> bytes:
+    """Head of an HTTP answer, to its blank line."""
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
+        if len(head) == _HEAD_BYTES_MAX:
+            raise LinkClosedError("the head of the answer has no end")
+        head += await link.take(1)
+    return bytes(head)
