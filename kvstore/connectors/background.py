@@ -1,0 +1,55 @@
+"""An event loop in a thread of its own: what a connector does beside the engine's loops, which must never wait."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """Runs coroutines for threads that do not wait for them.
+
+    Args:
+        name: Name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Start a coroutine; its result is found in the future."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self, timeout_s: float) -> bool:
+        """Cancel what still runs and stop the loop; safe to call twice.
+
+        Returns:
+            Whether everything ended in time.
+        """
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop)
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    async def _cancel(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_default_executor()
+        self._loop.stop()

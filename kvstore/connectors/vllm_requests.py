@@ -1,0 +1,109 @@
+"""What the scheduler's half of the vLLM connector knows of each request."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstore.backend import Held
+from kvstore.connectors.vllm_plan import Load, Loaded
+from kvstore.header import Behind
+from kvstore.keys import ChunkKey, chunk_keys
+from kvstore.layout import Layout
+
+Keys = tuple[tuple[ChunkKey, ...], ...]
+"""Keys of a prompt's leading chunks, for every shard."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer of a look-up.
+
+    Args:
+        keys: Keys of the full chunks that were asked for.
+        held: The leading run that each shard's store holds.
+    """
+
+    keys: Keys = ()
+    held: tuple[Sequence[Held], ...] = ()
+
+    @property
+    def chunks(self) -> int:
+        """Leading chunks that are held of every shard."""
+        return min((len(held) for held in self.held), default=0)
+
+    @property
+    def exact(self) -> int:
+        """Leading chunks that need not be stored again."""
+        return min((_exact_run(held) for held in self.held), default=0)
+
+    def size_bytes(self, first: int, end: int, level: int | None) -> int:
+        """Bytes of a fetch of chunks of all shards, up to a level."""
+        levels = None if level is None else level + 1
+        return sum(
+            copy.head_bytes + sum(copy.level_bytes[:levels]) for held in self.held for _, copy in held[first:end]
+        )
+
+
+@dataclass
+class Tracked:
+    """A request that the engine has not finished.
+
+    Args:
+        request: The engine's request.
+        salt: What its keys depend on beside the token ids.
+        keys: Keys of its leading chunks, as far as they were needed.
+        lookup: The look-up under way.
+        found: The answer of the last one.
+        offer: Tokens that were offered for loading, and the computed ones behind which they were.
+        loading: The load under way.
+        results: What workers have reported of it.
+        may_load: Whether another load may be tried; false after one that failed.
+        saved: Leading chunks that need not be saved.
+        behind: What its chunks stand on, where that is not exact.
+        marked: Leading blocks that are known as lossy because of it.
+    """
+
+    request: Any
+    salt: bytes
+    keys: Keys = ()
+    lookup: "Future[Found] | None" = None
+    found: Found | None = None
+    offer: tuple[int, int] | None = None
+    loading: Load | None = None
+    results: list[Loaded] = field(default_factory=list)
+    may_load: bool = True
+    saved: int = 0
+    behind: Behind | None = None
+    marked: int = 0
+
+    def keys_to(self, last: int, layouts: Sequence[Layout]) -> Keys:
+        """Keys of at least `last` leading chunks."""
+        if not self.keys or len(self.keys[0]) < last:
+            token_ids = list(self.request.all_token_ids)
+            self.keys = tuple(tuple(chunk_keys(layout, token_ids, salt=self.salt)) for layout in layouts)
+        return self.keys
+
+
+def is_keyed(request: Any) -> bool:
+    """Whether the token ids and the salt are all that a request's KV depends on."""
+    return not (
+        request.lora_request is not None
+        or request.mm_features
+        or request.prompt_embeds is not None
+        or request.prompt_token_ids is None
+        or request.pooling_params is not None
+        or request.resumable
+    )
+
+
+def worst(found: Iterable[Behind | None]) -> Behind | None:
+    """The worst of what chunks stand on."""
+    known = [one for one in found if one is not None]
+    if not known:
+        return None
+    return Behind(min(one.level for one in known), max(one.kl_nats for one in known))
+
+
+def _exact_run(held: Sequence[Held]) -> int:
+    return next((number for number, (_, copy) in enumerate(held) if not copy.whole or copy.inexact), len(held))

@@ -1,0 +1,321 @@
+"""The scheduler's half of the vLLM connector: what is stored, what is loaded into which blocks, what is saved.
+
+It runs in the engine's scheduling loop, so it never waits: look-ups run in the background, and until one is answered
+the engine is told to ask again. It knows the engine only by the attributes that it reads.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvstore.backend import Backend
+from kvstore.connectors.background import Background
+from kvstore.connectors.guard import Guard
+from kvstore.connectors.paged import KL_UNKNOWN_NATS
+from kvstore.connectors.vllm_options import Options
+from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens
+from kvstore.connectors.vllm_requests import Found, Tracked, is_keyed, worst
+from kvstore.header import Behind
+from kvstore.keys import ChunkKey, chunk_keys
+from kvstore.layout import Layout
+
+_REFUSED_S = 60.0
+_REFUSED_MAX = 1 << 14
+_LOSSY_MAX = 1 << 20
+_PAUSE_S = (1.0, 30.0)
+"""First and longest pause after a look-up that found no server."""
+
+log = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """Decides loads and saves.
+
+    Args:
+        options: The connector's options.
+        layouts: Layout of every worker's shard, by rank.
+        backend: Where chunks are looked up.
+        background: Where look-ups run; it closes the backend.
+        guard: Judge of what is worth fetching.
+        counters: Where to count.
+        block_tokens: Tokens of the engine's block.
+        blocks_of: The engine's block ids of a request.
+        consumes: Whether this engine loads.
+        produces: Whether it saves.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        layouts: Sequence[Layout],
+        backend: Backend,
+        background: Background,
+        guard: Guard,
+        counters: Counters,
+        *,
+        block_tokens: int,
+        blocks_of: Callable[[str], Sequence[int]],
+        consumes: bool = True,
+        produces: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._layouts = tuple(layouts)
+        self._backend = backend
+        self._background = background
+        self._guard = guard
+        self._counters = counters
+        self._block_tokens = block_tokens
+        self._chunk_tokens = options.chunk_tokens
+        self._chunk_blocks = options.chunk_tokens // block_tokens
+        self._blocks_of = blocks_of
+        self._consumes = consumes
+        self._produces = produces
+        self._clock = clock
+        self._tracked: dict[str, Tracked] = {}
+        self._loads: list[Load] = []
+        self._aborted: list[str] = []
+        self._skipped: set[str] = set()
+        self._refused: OrderedDict[ChunkKey, float] = OrderedDict()
+        self._lossy: dict[bytes, Behind] = {}
+        self._forgot_lossy = False
+        self._paused_until_s = 0.0
+        self._pause_s = _PAUSE_S[0]
+        self._last_step: tuple[float, int] | None = None
+
+    def add(self, request: Any) -> None:
+        """A request came: start to look it up."""
+        tracked = self._track(request)
+        if tracked is not None and self._consumes:
+            self._look_up(tracked)
+
+    def match(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded behind `computed_tokens`, and whether that is done between steps; None: ask again.
+
+        The last token of a prompt is never loaded, because its logits are needed.
+        """
+        tracked = self._track(request)
+        if tracked is None:
+            return 0, False
+        tracked.behind = self._behind_local(request, computed_tokens) or tracked.behind
+        if not self._consumes or not tracked.may_load or request.skip_reading_prefix_cache:
+            return 0, False
+        found = self._answer(tracked)
+        if found is None:
+            return None, False
+        if tracked.offer is None or tracked.offer[0] != computed_tokens:
+            tracked.offer = (computed_tokens, self._offer(tracked, found, computed_tokens))
+        return tracked.offer[1], tracked.offer[1] > 0
+
+    def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
+        """Blocks were allocated for what `match` offered; 0 tokens: nothing is to be loaded."""
+        tracked = self._tracked.get(request.request_id)
+        if not external_tokens or tracked is None or tracked.offer is None:
+            return
+        start = tracked.offer[0]
+        end = start + external_tokens
+        first, last = start // self._chunk_tokens, -(-end // self._chunk_tokens)
+        run = self._run(tracked, first, last, block_ids)
+        skip = (start - first * self._chunk_tokens) // self._block_tokens
+        stop = (end - first * self._chunk_tokens) // self._block_tokens
+        tracked.loading = Load(**run, skip=skip, end=stop)
+        self._loads.append(tracked.loading)
+        self._counters.add("matched_tokens", external_tokens)
+        # Until the workers say otherwise, what is loaded must not be taken for exact.
+        tracked.saved = last
+        tracked.found, tracked.offer = None, None
+
+    def step(self, output: Any) -> Step:
+        """What the workers do in the step that the engine has scheduled."""
+        self._observe_prefill(sum(output.num_scheduled_tokens.values()))
+        scheduled = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        scheduled |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        saves = [
+            save
+            for request_id, before in scheduled.items()
+            if (save := self._save(request_id, before + output.num_scheduled_tokens[request_id])) is not None
+        ]
+        step = Step(tuple(self._loads), tuple(saves), tuple(self._aborted))
+        self._loads, self._aborted = [], []
+        return step
+
+    def receive(self, report: Report) -> None:
+        """Learn what became of loads, before the engine goes on with their requests."""
+        for request_id, results in report.loads.items():
+            for result in results:
+                self._guard.observe_fetch(result.size_bytes, result.took_s)
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.loading is not None:
+                tracked.results += results
+                if len(tracked.results) == len(self._layouts):
+                    self._settle(tracked, tracked.loading)
+
+    def finish(self, request: Any) -> None:
+        """A request ended: a load of it need not go on."""
+        self._skipped.discard(request.request_id)
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None and tracked.lookup is not None:
+            tracked.lookup.cancel()
+        if tracked is not None and tracked.loading is not None:
+            self._aborted.append(request.request_id)
+
+    def reset(self) -> None:
+        """The engine emptied its own cache: nothing in it is lossy any more."""
+        self._lossy.clear()
+        self._forgot_lossy = False
+
+    def _track(self, request: Any) -> Tracked | None:
+        """The state of a request that may be stored and served; None for others."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None and request.request_id not in self._skipped:
+            if not is_keyed(request):
+                self._counters.add("skipped_requests")
+                self._skipped.add(request.request_id)
+                return None
+            salt = b"" if request.cache_salt is None else b"vllm salt " + request.cache_salt.encode()
+            tracked = self._tracked[request.request_id] = Tracked(request, salt)
+        return tracked
+
+    def _look_up(self, tracked: Tracked) -> None:
+        # One token is left to the engine, and only full chunks have keys.
+        token_ids = list(tracked.request.all_token_ids[:-1])
+        if len(token_ids) < self._chunk_tokens or self._clock() < self._paused_until_s:
+            tracked.found = Found()
+            return
+        self._counters.add("queries")
+        tracked.lookup = self._background.submit(self._ask(token_ids, tracked.salt))
+
+    async def _ask(self, token_ids: Sequence[int], salt: bytes) -> Found:
+        keys = tuple(tuple(chunk_keys(layout, token_ids, salt=salt)) for layout in self._layouts)
+        async with asyncio.timeout(self._options.match_s):
+            matches = await asyncio.gather(*(self._backend.match(shard) for shard in keys))
+        return Found(keys, tuple(match.held for match in matches))
+
+    def _answer(self, tracked: Tracked) -> Found | None:
+        """The answer of the look-up; None while there is none."""
+        if tracked.found is None and tracked.lookup is None:
+            self._look_up(tracked)
+        if tracked.lookup is None:
+            return tracked.found
+        if not tracked.lookup.done():
+            return None
+        try:
+            tracked.found = tracked.lookup.result()
+            self._pause_s = _PAUSE_S[0]
+        except Exception as exc:
+            # Whatever it is, the engine can compute the prompt.
+            self._counters.add("match_failures")
+            log.warning("kvstore does not say what it holds, next try in %g s: %s", self._pause_s, exc or "no answer")
+            self._paused_until_s = self._clock() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
+            tracked.found = Found()
+        tracked.lookup = None
+        tracked.keys = tracked.found.keys
+        return tracked.found
+
+    def _offer(self, tracked: Tracked, found: Found, computed_tokens: int) -> int:
+        """Tokens worth loading behind those that are computed."""
+        first = computed_tokens // self._chunk_tokens
+        end = self._usable(found, first)
+        tracked.saved = max(tracked.saved, found.exact)
+        tokens = end * self._chunk_tokens - computed_tokens
+        if tokens <= 0:
+            return 0
+        size_bytes = found.size_bytes(first, end, self._options.level)
+        if self._options.guard and not self._guard.worth(tokens, size_bytes):
+            self._counters.add("refused_tokens", tokens)
+            return 0
+        return tokens
+
+    def _usable(self, found: Found, first: int) -> int:
+        """End of the leading run without a chunk that could not be used a little while ago."""
+        now = self._clock()
+        for number in range(first, found.chunks):
+            if any(self._refused.get(shard[number], 0.0) > now for shard in found.keys):
+                return number
+        return found.chunks
+
+    def _run(self, tracked: Tracked, first: int, last: int, block_ids: Sequence[int]) -> dict[str, Any]:
+        tokens = self._chunk_tokens
+        return {
+            "request_id": tracked.request.request_id,
+            "first": first,
+            "keys": tuple(shard[first:last] for shard in tracked.keys_to(last, self._layouts)),
+            "block_ids": tuple(block_ids[first * self._chunk_blocks : last * self._chunk_blocks]),
+            "token_ids": pack_tokens(tracked.request.all_token_ids, first * tokens, last * tokens),
+        }
+
+    def _save(self, request_id: str, computed_tokens: int) -> Save | None:
+        """Chunks of a request that are full after this step and not yet stored."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return None
+        request = tracked.request
+        # Behind the prompt the last token's KV may belong to a draft that was rejected.
+        known_tokens = max(request.num_prompt_tokens, len(request.all_token_ids) - 1)
+        last = min(computed_tokens, known_tokens) // self._chunk_tokens
+        if tracked.behind is not None:
+            self._mark(tracked, computed_tokens)
+        first, tracked.saved = tracked.saved, max(tracked.saved, last)
+        if last <= first or not self._produces:
+            return None
+        if tracked.behind is not None and not self._options.store_derived:
+            self._counters.add("derived_tokens", (last - first) * self._chunk_tokens)
+            return None
+        return Save(**self._run(tracked, first, last, self._blocks_of(request_id)), behind=tracked.behind)
+
+    def _settle(self, tracked: Tracked, load: Load) -> None:
+        """Settle a load by what its workers reported: what is saved next, and what that stands on."""
+        results, tracked.results = tracked.results, []
+        tracked.loading = None
+        chunks = min(result.chunks for result in results)
+        tracked.saved = load.first + chunks
+        # A load that failed once is not tried again, or a request could wait for ever.
+        tracked.may_load = chunks == load.chunks
+        if chunks < load.chunks:
+            self._refuse(load, chunks, results)
+        behind = worst(result.behind for result in results)
+        if behind is not None and chunks:
+            tracked.behind = worst((tracked.behind, behind))
+            tracked.marked = load.first * self._chunk_blocks + load.skip
+            self._mark(tracked, (load.first + chunks) * self._chunk_tokens)
+
+    def _refuse(self, load: Load, chunks: int, results: Sequence[Loaded]) -> None:
+        """Leave a chunk alone for a while that was found damaged, or not to be what it should."""
+        if all(result.reason in (None, "absent", "deadline", "unavailable", "aborted") for result in results):
+            return
+        until_s = self._clock() + _REFUSED_S
+        for shard in load.keys:
+            self._refused[shard[chunks]] = until_s
+        while len(self._refused) > _REFUSED_MAX:
+            self._refused.popitem(last=False)
+
+    def _behind_local(self, request: Any, computed_tokens: int) -> Behind | None:
+        """What the engine's own cached blocks stand on."""
+        hashes = request.block_hashes[: computed_tokens // self._block_tokens]
+        if hashes and self._forgot_lossy:
+            return Behind(0, KL_UNKNOWN_NATS)
+        return worst(self._lossy.get(bytes(found)) for found in hashes) if self._lossy else None
+
+    def _mark(self, tracked: Tracked, computed_tokens: int) -> None:
+        """Remember that blocks in the engine's own cache are not exact: other requests may find them there."""
+        assert tracked.behind is not None
+        end = computed_tokens // self._block_tokens
+        for found in tracked.request.block_hashes[tracked.marked : end]:
+            self._lossy[bytes(found)] = tracked.behind
+        tracked.marked = max(tracked.marked, min(end, len(tracked.request.block_hashes)))
+        if len(self._lossy) > _LOSSY_MAX:
+            self._lossy.clear()
+            self._forgot_lossy = True
+
+    def _observe_prefill(self, tokens: int) -> None:
+        """Take the time between two steps as that of the first one, where it was busy prefilling."""
+        now = self._clock()
+        if self._last_step is not None and self._last_step[1] >= self._chunk_tokens // 2:
+            self._guard.observe_prefill(self._last_step[1], now - self._last_step[0])
+        self._last_step = (now, tokens)

@@ -1,0 +1,390 @@
+"""The worker's half of the vLLM connector: loads into the engine's cache and saves out of it.
+
+The engine's thread only starts loads, copies what is to be saved, and collects results. Fetching, decoding, encoding
+and sending happen in threads beside it, within a bounded memory.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Condition, Lock
+
+import torch
+
+from kvstore.backend import Backend, Miss, Outcome, Reason, Stored
+from kvstore.codecs import Context, Planes, decode, encode
+from kvstore.connectors.background import Background
+from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
+from kvstore.connectors.vllm_options import Options
+from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save
+from kvstore.errors import BackendUnavailableError, FrameCorruptError, FrameError, KVStoreError, PipelineError
+from kvstore.frame import Frame
+from kvstore.header import Behind
+from kvstore.keys import ChunkKey
+from kvstore.layout import Layout
+
+_BATCH_CHUNKS_BYTES = 8 << 20
+_CONCURRENCY = 4
+_REASONS: Mapping[Reason, str] = {
+    Reason.CORRUPT: "corrupt",
+    Reason.IDENTITY: "identity",
+    Reason.DEADLINE: "deadline",
+    Reason.BREAKER: "unavailable",
+}
+_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Loading:
+    """A load under way. Under its lock, nothing is written to the engine's blocks any more once it is closed."""
+
+    load: Load
+    started_s: float
+    task: "Future[None] | None" = None
+    lock: Lock = field(default_factory=Lock)
+    closed: bool = False
+    done: set[int] = field(default_factory=set)
+    behind: Behind | None = None
+    reason: str | None = None
+    size_bytes: int = 0
+    lossy_chunks: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Leading chunks that are written."""
+        return next(number for number in range(self.load.chunks + 1) if number not in self.done)
+
+
+@dataclass
+class _Staged:
+    """A chunk on its way out of the engine's cache: its planes fill layer by layer."""
+
+    save: Save
+    number: int
+    planes: dict[str, torch.Tensor]
+    layers: int = 0
+
+
+class WorkerSide:
+    """Moves chunks between the engine's cache and a backend.
+
+    Args:
+        options: The connector's options.
+        layout: Layout of this worker's shard.
+        rank: Number of the shard.
+        backend: Where chunks are kept.
+        background: Where it is talked to.
+        counters: Where to count.
+    """
+
+    def __init__(
+        self, options: Options, layout: Layout, rank: int, backend: Backend, background: Background, counters: Counters
+    ) -> None:
+        self._options = options
+        self._layout = layout
+        self._rank = rank
+        self._backend = backend
+        self._background = background
+        self._counters = counters
+        self._pipeline, self._artefacts = options.codec()
+        # A lossy copy is only used where the user chose a lossy pipeline or a level.
+        self._exact_only = self._pipeline.lossless and options.level is None
+        self._pages: Pages | None = None
+        self._chunk_blocks = 0
+        self._loading: dict[str, _Loading] = {}
+        self._ended: list[_Loading] = []
+        self._ended_lock = Lock()
+        self._invalid: set[int] = set()
+        self._report = Report()
+        self._staged: list[_Staged] = []
+        self._in_flight: set[ChunkKey] = set()
+        self._queue = _Queue(options.queue_bytes)
+        self._encoder = ThreadPoolExecutor(1, "kvstore-encode")
+        self._paused_until_s = 0.0
+        self._batch = max(1, _BATCH_CHUNKS_BYTES // layout.chunk_bytes)
+
+    def attach(self, pages: Pages) -> None:
+        """Give it the engine's cache."""
+        self._pages = pages
+        self._chunk_blocks = self._layout.chunk_tokens // pages.block_tokens
+
+    def start_loads(self, loads: Sequence[Load], aborted: Sequence[str] = ()) -> None:
+        """Start loads; they go on between steps. Those of aborted requests end at once."""
+        for request_id in aborted:
+            if request_id in self._loading:
+                self._close(self._loading[request_id], "aborted")
+        for load in loads:
+            loading = _Loading(load, time.monotonic())
+            self._loading[load.request_id] = loading
+            loading.task = self._background.submit(self._load(loading))
+
+    def finished(self) -> set[str]:
+        """Requests whose load has ended since the last call; their failed blocks are known from now on."""
+        with self._ended_lock:
+            ended, self._ended = self._ended, []
+        for loading in ended:
+            load = loading.load
+            del self._loading[load.request_id]
+            first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
+            self._invalid.update(load.block_ids[first_bad : load.end])
+            result = Loaded(
+                loading.chunks,
+                loading.behind,
+                loading.reason,
+                loading.size_bytes,
+                time.monotonic() - loading.started_s,
+            )
+            self._report.loads[load.request_id] = [result]
+            self._count_load(loading, result)
+        return {loading.load.request_id for loading in ended}
+
+    def take_invalid(self) -> set[int]:
+        """Blocks that were not loaded."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def take_report(self) -> Report | None:
+        """What the scheduler must know."""
+        report, self._report = self._report, Report()
+        return report if report.loads else None
+
+    def stage(self, saves: Sequence[Save], layer: int) -> None:
+        """Copy one layer of what is saved in this step; layers come in order, some may be left out."""
+        if layer == 0 or not self._staged:
+            self._begin(saves)
+        for staged in self._staged:
+            self._copy(staged, layer)
+
+    def finish_saves(self, saves: Sequence[Save]) -> None:
+        """Copy what is not copied yet, and leave the rest to the encoder."""
+        if saves and not self._staged:
+            self._begin(saves)
+        assert self._pages is not None or not self._staged
+        for staged in self._staged:
+            while staged.layers < self._layout.layers:
+                self._copy(staged, staged.layers)
+        jobs, self._staged = self._staged, []
+        for start in range(0, len(jobs), self._batch):
+            self._encoder.submit(self._store, jobs[start : start + self._batch])
+
+    def close(self) -> None:
+        """End loads, give saves a bounded time, and free everything; safe to call twice."""
+        for loading in list(self._loading.values()):
+            self._close(loading, "aborted")
+        if not self._queue.wait_empty(self._options.flush_s):
+            log.warning("%d bytes of chunks were not stored before shutdown", self._queue.used_bytes)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether loads or saves are under way."""
+        return bool(self._loading or self._queue.used_bytes)
+
+    async def _load(self, loading: _Loading) -> None:
+        load, gate = loading.load, asyncio.Semaphore(_CONCURRENCY)
+        tasks: list[asyncio.Task[str | None]] = []
+        reason: str | None = "aborted"
+        try:
+            async with asyncio.timeout(self._options.deadline_s):
+                for start in range(0, load.chunks, self._batch):
+                    numbers = range(start, min(start + self._batch, load.chunks))
+                    tasks.append(asyncio.create_task(self._load_batch(loading, numbers, gate)))
+                for task in tasks:
+                    # What lies behind the first gap is of no use.
+                    if reason := await task:
+                        break
+        except TimeoutError:
+            reason = "deadline"
+        except Exception:
+            log.exception("loading a prefix failed")
+            reason = "error"
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._close(loading, reason)
+
+    async def _load_batch(self, loading: _Loading, numbers: range, gate: asyncio.Semaphore) -> str | None:
+        """Fetch chunks and write them to their blocks; why that ended early."""
+        async with gate:
+            keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
+            try:
+                answers = await self._backend.get(keys, level=self._options.level)
+            except KVStoreError as exc:
+                log.warning("fetching %d chunks failed: %s", len(keys), exc)
+                return "unavailable"
+            for number, key, answer in zip(numbers, keys, answers, strict=True):
+                if isinstance(answer, Miss):
+                    return _REASONS.get(answer.reason, "absent")
+                if reason := await asyncio.to_thread(self._place, loading, number, key, answer):
+                    return reason
+        return None
+
+    def _place(self, loading: _Loading, number: int, key: ChunkKey, frame: Frame) -> str | None:
+        """Decode a chunk and write it to its blocks; why that cannot be done."""
+        load, header = loading.load, frame.head.header
+        if header.first_position != (load.first + number) * self._layout.chunk_tokens:
+            return "identity"
+        exact = is_exact(frame)
+        if not exact and self._exact_only:
+            return "lossy"
+        try:
+            token_ids = load.tokens_of(number, self._layout.chunk_tokens)
+            planes = decode(frame, self._layout, self._artefacts, key=key, token_ids=token_ids)
+        except (FrameError, PipelineError) as exc:
+            log.warning("chunk %d of a prefix cannot be decoded: %s", load.first + number, exc)
+            return "corrupt" if isinstance(exc, FrameCorruptError) else "identity"
+        with loading.lock:
+            if loading.closed:
+                return "aborted"
+            self._write(load, number, planes)
+            loading.done.add(number)
+            loading.size_bytes += frame.size_bytes
+            if not exact:
+                loading.lossy_chunks += 1
+                loading.behind = _worse(loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS))
+        return None
+
+    def _write(self, load: Load, number: int, planes: Planes) -> None:
+        assert self._pages is not None
+        start = number * self._chunk_blocks
+        first, end = max(start, load.skip), min(start + self._chunk_blocks, load.end)
+        if first < end:
+            blocks = torch.tensor(load.block_ids[first:end], device=self._pages.device)
+            scatter(self._pages, blocks, planes, first_block=first - start)
+            if blocks.is_cuda:
+                torch.cuda.current_stream(blocks.device).synchronize()
+
+    def _close(self, loading: _Loading, reason: str | None) -> None:
+        """End a load: from here on nothing of it is written, and the engine may have its blocks back."""
+        with loading.lock:
+            if loading.closed:
+                return
+            loading.closed = True
+            loading.reason = reason
+        if loading.task is not None:
+            loading.task.cancel()
+        with self._ended_lock:
+            self._ended.append(loading)
+
+    def _count_load(self, loading: _Loading, result: Loaded) -> None:
+        load, block_tokens = loading.load, self._layout.chunk_tokens // self._chunk_blocks
+        loaded = max(0, min(result.chunks * self._chunk_blocks, load.end) - load.skip) * block_tokens
+        self._counters.add("loads")
+        self._counters.add("loaded_tokens", loaded)
+        self._counters.add("loaded_bytes", result.size_bytes)
+        self._counters.add("load_microseconds", int(1e6 * result.took_s))
+        self._counters.add("lossy_tokens", loading.lossy_chunks * self._layout.chunk_tokens)
+        self._counters.add("failed_tokens", (load.end - load.skip) * block_tokens - loaded)
+        if result.reason is not None:
+            self._counters.add(f"failed_{result.reason}")
+
+    def _begin(self, saves: Sequence[Save]) -> None:
+        """Make room for what is saved in this step; what finds none is not saved."""
+        for save in saves:
+            for number in range(save.chunks):
+                key = save.keys[self._rank][number]
+                if time.monotonic() < self._paused_until_s:
+                    self._counters.add("save_failures")
+                elif key in self._in_flight:
+                    self._counters.add("save_exists")
+                elif self._queue.take(self._layout.chunk_bytes):
+                    self._in_flight.add(key)
+                    self._staged.append(_Staged(save, number, empty_planes(self._layout)))
+                else:
+                    self._counters.add("save_dropped")
+
+    def _copy(self, staged: _Staged, layer: int) -> None:
+        """Copy one layer, if it is the next one."""
+        assert self._pages is not None
+        if layer != staged.layers:
+            return
+        start = staged.number * self._chunk_blocks
+        blocks = torch.tensor(staged.save.block_ids[start : start + self._chunk_blocks], device=self._pages.device)
+        gather_layer(self._pages, layer, blocks, staged.planes)
+        staged.layers += 1
+
+    def _store(self, jobs: Sequence[_Staged]) -> None:
+        """Encode chunks and send them; runs in the encoder's thread."""
+        try:
+            items = [self._encode(staged) for staged in jobs]
+            for staged in jobs:
+                staged.planes = {}
+            sent = self._background.submit(self._backend.put(items))
+        except Exception:
+            # Nobody waits for this thread, so whatever happens must be counted here.
+            log.exception("%d chunks cannot be encoded", len(jobs))
+            self._counters.add("save_failures", len(jobs))
+            self._release(jobs)
+            return
+        sent.add_done_callback(lambda done: self._stored(jobs, items, done))
+
+    def _encode(self, staged: _Staged) -> tuple[ChunkKey, Frame]:
+        save, tokens = staged.save, self._layout.chunk_tokens
+        context = Context(
+            first_position=(save.first + staged.number) * tokens, token_ids=save.tokens_of(staged.number, tokens)
+        )
+        key = save.keys[self._rank][staged.number]
+        frame = encode(staged.planes, self._layout, self._pipeline, key=key, context=context)
+        return key, frame if save.behind is None else derived(frame, save.behind)
+
+    def _stored(
+        self, jobs: Sequence[_Staged], items: Sequence[tuple[ChunkKey, Frame]], done: "Future[list[Stored]]"
+    ) -> None:
+        self._release(jobs)
+        error = None if done.cancelled() else done.exception()
+        if done.cancelled() or error is not None:
+            log.warning("%d chunks were not stored: %s", len(jobs), error)
+            self._counters.add("save_failures", len(jobs))
+            if isinstance(error, BackendUnavailableError):
+                self._paused_until_s = time.monotonic() + max(_PAUSE_S, error.retry_after_s)
+            return
+        for (_, frame), stored in zip(items, done.result(), strict=True):
+            if stored.outcome is Outcome.FAILED:
+                self._counters.add("save_failures")
+            elif stored.outcome in (Outcome.EXISTS, Outcome.OTHER):
+                self._counters.add("save_exists")
+            else:
+                self._counters.add("saved_tokens", self._layout.chunk_tokens)
+                self._counters.add("saved_bytes", frame.size_bytes)
+
+    def _release(self, jobs: Sequence[_Staged]) -> None:
+        for staged in jobs:
+            self._in_flight.discard(staged.save.keys[self._rank][staged.number])
+        self._queue.give(len(jobs) * self._layout.chunk_bytes)
+
+
+class _Queue:
+    """Bytes of chunks that are on their way out, and their bound."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.used_bytes = 0
+        self._bytes_max = bytes_max
+        self._changed = Condition()
+
+    def take(self, size_bytes: int) -> bool:
+        """Make room; whether there was some. One chunk always fits."""
+        with self._changed:
+            if self.used_bytes and self.used_bytes + size_bytes > self._bytes_max:
+                return False
+            self.used_bytes += size_bytes
+            return True
+
+    def give(self, size_bytes: int) -> None:
+        """Give room back."""
+        with self._changed:
+            self.used_bytes -= size_bytes
+            self._changed.notify_all()
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Whether nothing is on its way any more, after a bounded wait."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.used_bytes == 0, timeout_s)
+
+
+def _worse(known: Behind | None, found: Behind) -> Behind:
+    return found if known is None else Behind(min(known.level, found.level), max(known.kl_nats, found.kl_nats))
