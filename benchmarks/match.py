@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.bare import BareHttp
 from benchmarks.harness import Aim, Row, at_most, percentile
-from benchmarks.peers import NAMESPACE, benchmark_key
+from benchmarks.wire_peers import NAMESPACE, benchmark_key
 from kvstore.client import Client
 from kvstore.frame import pack_frame
 from kvstore.header import blob_header

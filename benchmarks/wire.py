@@ -33,7 +33,8 @@ from benchmarks.harness import (
 )
 from benchmarks.match import WARM_UPS as MATCH_WARM_UPS
 from benchmarks.match import match_aims, match_rows, put_keys
-from benchmarks.peers import (
+from benchmarks.servers import kvstore_server, redis_server
+from benchmarks.wire_peers import (
     BareSocketPeer,
     ClientPeer,
     MemcpyPeer,
@@ -42,7 +43,6 @@ from benchmarks.peers import (
     SyncRedisPeer,
     memcpy_peers,
 )
-from benchmarks.servers import kvstore_server, redis_server
 
 NAME = "wire"
 PACKAGES = ("kvstore", "aiohttp", "xxhash", "redis", "hiredis", "uvloop")
