@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lmcache.v1.exceptions import IrrecoverableException
@@ -21,6 +22,9 @@ PLUGIN = "kvstore"
 """What the name of the plug-in in `remote_storage_plugins` begins with, up to the first dot."""
 
 Buffers = list[Any]
+
+_LOOP_S = 2.0
+"""Time that LMCache's event loop gets to begin what it was given."""
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +83,9 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         except PipelineError as exc:
             raise ConfigError(str(exc)) from exc
         self._store = ChunkStore(options)
+        self._loop = context.loop
+        # LMCache frees its buffers before it closes what reads them.
+        _before(self._memory, "close", self._flush)
 
     async def exists(self, key: Any) -> bool:
         return await self.batched_async_contains("", [key]) == 1
@@ -100,12 +107,7 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
     async def close(self) -> None:
         await asyncio.to_thread(self._store.close)
 
-    def support_ping(self) -> bool:
-        return True
-
-    async def ping(self) -> int:
-        problem = await asyncio.wrap_future(self._store.probe())
-        return 0 if problem is None else 1
+    # No ping: LMCache's health monitor would switch its local cache off too while the server is away.
 
     def support_batched_get(self) -> bool:
         return True
@@ -152,6 +154,12 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
     def remove_sync(self, key: Any) -> bool:
         return self._store.delete(self._keys([key])).result()
 
+    def _flush(self) -> None:
+        """Take over the puts that wait on LMCache's event loop, and see them through."""
+        with suppress(RuntimeError, TimeoutError):
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(_LOOP_S)
+        self._store.close()
+
     def _full_shape(self, options: LMCacheOptions) -> Shape:
         """What a whole chunk is."""
         described = zip(self.meta_shapes, self.meta_dtypes, strict=True)
@@ -192,6 +200,17 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 def _engine_key(codec: Codec, key: Any) -> ChunkKey:
     """Key of a chunk from the text of a `CacheEngineKey`: model, world size, worker, hash, dtype and tags."""
     return codec.key(b"engine", key.to_string().encode())
+
+
+def _before(owner: Any, name: str, first: Callable[[], None]) -> None:
+    """Make a method of one instance call something else first."""
+    method = getattr(owner, name)
+
+    def both() -> Any:
+        first()
+        return method()
+
+    setattr(owner, name, both)
 
 
 def _leading(found: list[list[bool]]) -> int:
