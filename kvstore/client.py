@@ -1,13 +1,13 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import groupby
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import aiohttp
 from aiohttp import hdrs
@@ -36,9 +36,10 @@ from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from kvstore.link import LinkBody
 from kvstore.links import LinkRefusedError, Links
+from kvstore.questions import Views, bodies, body_of, by_namespace, wait_query
+from kvstore.stream import KEYS_MAX, Fetch
 from kvstore.wire import (
     BATCH_TYPE,
-    DIGESTS_TYPE,
     READ_BYTES,
     Body,
     BodyReader,
@@ -50,19 +51,9 @@ from kvstore.wire import (
 
 GET_KEYS_MAX = 256
 MATCH_KEYS_MAX = 1 << 16
-PUT_BYTES = 64 << 20
-PUT_FRAMES = 1024
 _ANSWER_BYTES_MAX = 16 << 20
-_WAIT_MS_MAX = 3600 * 1000
 
 T = TypeVar("T")
-
-
-class Views(NamedTuple):
-    """The body of a request, as views."""
-
-    views: list[memoryview]
-    content_type: str
 
 
 class Client:
@@ -125,11 +116,11 @@ class Client:
         """
         held: list[Held] = []
         ends_s = time.monotonic() + wait_s
-        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
+        for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
             parse = partial(parse_match, len(digests) // DIGEST_BYTES)
             left_s = max(0.0, ends_s - time.monotonic()) if wait_s else 0.0
-            query = {"namespace": namespace} | _wait_query(left_s)
-            part = await self._post("/v1/match", query, _body(digests), parse, more_s=left_s)
+            query = {"namespace": namespace} | wait_query(left_s)
+            part = await self._post("/v1/match", query, body_of(digests), parse, more_s=left_s)
             held += part.held
             if part.miss is not None:
                 return Match(held, part.miss)
@@ -139,27 +130,58 @@ class Client:
         found: list[Frame | Miss] = []
         while len(found) < len(keys):
             rest = keys[len(found) :]
-            namespace, digests = next(_by_namespace(rest, GET_KEYS_MAX))
+            namespace, digests = next(by_namespace(rest, GET_KEYS_MAX))
             asked = rest[: len(digests) // DIGEST_BYTES]
             query = {"namespace": namespace} | ({} if level is None else {"level": str(level)})
             found += await self._get_some(query, digests, asked)
         return found
 
+    @asynccontextmanager
+    async def fetch(
+        self, keys: Sequence[ChunkKey], *, level: int | None = None, wait_ms: int = 0, deadline_s: float | None = None
+    ) -> AsyncIterator[Fetch]:
+        """The leading run of chunks as one stream that brings their coarse levels first.
+
+        Leaving the block before the stream has ended stops it; what is complete by then stays usable.
+
+        Args:
+            keys: Those of another namespace than the first, or beyond 1,024, are left for another call.
+            level: Quality level to fetch up to, None for all that are held.
+            wait_ms: Time that the server waits for chunks that are about to be put.
+            deadline_s: When the stream ends, wherever it is.
+
+        Raises:
+            BackendError: The server cannot be asked, or has no room for another fetch.
+        """
+        namespace, digests = next(by_namespace(keys, KEYS_MAX))
+        wait_s = wait_ms / 1000 if deadline_s is None else min(wait_ms / 1000, deadline_s)
+        query = {"namespace": namespace} | ({} if level is None else {"level": str(level)}) | wait_query(wait_s)
+        timeout_s = self._timeout_s + wait_s if deadline_s is None else deadline_s
+        request = self._request("POST", "/v1/fetch", query, body_of(digests), timeout_s)
+        response = await request.__aenter__()
+        try:
+            body = BodyReader(response.content, self._batch_bytes_max, response.content_length)
+            yield Fetch(body, keys[: len(digests) // DIGEST_BYTES])
+        finally:
+            # What the caller's block raises is not the request's.
+            response.close()
+            await request.__aexit__(None, None, None)
+
     async def put(self, items: Sequence[tuple[ChunkKey, Frame]], *, ack: Ack = Ack.MEMORY) -> list[Stored]:
         stored: list[Stored] = []
-        for frames in _bodies(items):
+        for frames in bodies(items):
             body = Views(list(batch_views(frames)), BATCH_TYPE)
             parse = partial(self._parse_puts, len(frames))
             stored += await self._post("/v1/put", {"ack": ack.name.lower()}, body, parse)
         return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
-        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, _body(digests), parse_nothing)
+        for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
+            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, body_of(digests), parse_nothing)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
-        for namespace, digests in _by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/delete", {"namespace": namespace}, _body(digests), parse_nothing)
+        for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
+            await self._post("/v1/delete", {"namespace": namespace}, body_of(digests), parse_nothing)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         if namespace is None:
@@ -253,10 +275,10 @@ class Client:
         """Verified answers for the first of `keys`, at least one."""
         if links := self._open_links():
             try:
-                return await self._ask_on(links, "/v1/get", query, _body(digests), partial(self._read_records, keys))
+                return await self._ask_on(links, "/v1/get", query, body_of(digests), partial(self._read_records, keys))
             except LinkRefusedError:
                 pass
-        async with self._request("POST", "/v1/get", query, _body(digests)) as response:
+        async with self._request("POST", "/v1/get", query, body_of(digests)) as response:
 
             def open_body() -> Body:
                 return BodyReader(response.content, self._batch_bytes_max, response.content_length)
@@ -303,7 +325,7 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A successful response; everything else is one of our errors."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
         data = None if body is None else ViewsPayload(*body)
         try:
             async with self._open_session().request(
@@ -344,28 +366,6 @@ def _verified(key: ChunkKey, record: Frame | Miss) -> Frame | Miss:
     return record
 
 
-def _by_namespace(keys: Sequence[ChunkKey], keys_max: int) -> Iterator[tuple[str, bytes]]:
-    """Runs of keys of one namespace, in order: the namespace in hexadecimal, and the digests joined."""
-    for namespace, run in groupby(keys, key=lambda key: key[:NAMESPACE_BYTES]):
-        digests = b"".join([key[NAMESPACE_BYTES:] for key in run])
-        for start in range(0, len(digests), keys_max * DIGEST_BYTES):
-            yield namespace.hex(), digests[start : start + keys_max * DIGEST_BYTES]
-
-
-def _bodies(items: Iterable[tuple[ChunkKey, Frame]]) -> Iterator[list[Frame]]:
-    """Frames of a put, cut into request bodies."""
-    frames: list[Frame] = []
-    for key, frame in items:
-        assert key == frame.key, "a client puts a frame under the key that its header names"
-        full = sum(other.size_bytes for other in frames) + frame.size_bytes > PUT_BYTES or len(frames) == PUT_FRAMES
-        if frames and full:
-            yield frames
-            frames = []
-        frames.append(frame)
-    if frames:
-        yield frames
-
-
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     body = BodyReader(response.content, _ANSWER_BYTES_MAX, response.content_length)
     return b"".join([bytes(part) async for part in body.parts()])
@@ -375,11 +375,3 @@ async def _error_of(backend: str, response: aiohttp.ClientResponse) -> KVStoreEr
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
     retry_after_s = float(retry_after) if retry_after.isdigit() else 1.0
     return problem_of(backend, str(response.url), response.status, await _read(response), retry_after_s)
-
-
-def _wait_query(wait_s: float) -> dict[str, str]:
-    return {"wait_ms": str(min(round(wait_s * 1000), _WAIT_MS_MAX))} if wait_s else {}
-
-
-def _body(digests: bytes) -> Views:
-    return Views([memoryview(digests)], DIGESTS_TYPE)

@@ -13,6 +13,7 @@ from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
 from kvstore.server.batch import BatchRoutes
 from kvstore.server.chunk import ChunkRoutes
+from kvstore.server.fetch import FetchRoutes
 from kvstore.server.linked import LinkRoutes
 from kvstore.server.problems import Handler, problems
 from kvstore.server.receive import Receiver
@@ -72,12 +73,14 @@ def create_app(
     waiting = app[WAITING] = Waiting(config, metrics)
     chunk = ChunkRoutes(tenants, receiver, sender, waiting)
     batch = BatchRoutes(tenants, receiver, sender, waiting)
+    fetch = FetchRoutes(tenants, receiver, sender, waiting, config, metrics)
 
     links = LinkRoutes(tenants, receiver, batch, config, metrics, running)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         stack = await open_stack()
-        chunk.backend = batch.backend = whole.stack = status.stack = waiting.stack = stack
+        chunk.backend = batch.backend = stack
+        fetch.stack = waiting.stack = whole.stack = status.stack = stack
         async with running_scrubber(stack, config, metrics):
             running.ready = True
             yield
@@ -90,7 +93,8 @@ def create_app(
     app.cleanup_ctx.append(life)
     app.on_shutdown.append(links.shutdown)
     app.on_response_prepare.append(sign)
-    app.add_routes([*status.routes(), *chunk.routes(), *batch.routes(), *whole.routes(), *links.routes()])
+    for group in (status, chunk, batch, fetch, whole, links):
+        app.add_routes(group.routes())
     return app
 
 

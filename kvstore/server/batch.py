@@ -23,7 +23,7 @@ from kvstore.server.query import ack_of, level_of, namespace_of, wait_of
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
 from kvstore.server.waiting import Waiting
-from kvstore.wire import BATCH_TYPE, batch_views
+from kvstore.wire import BATCH_TYPE, batch_views, total_bytes
 
 SCAN_PAGE = 4096
 
@@ -66,7 +66,8 @@ class BatchRoutes:
         level = level_of(request)
         _, keys, stored = await self._asked(request)
         records = [record async for some in self.records(keys, stored, level) for record in some]
-        return await self._sender.send(request, 200, {"Content-Type": BATCH_TYPE}, list(batch_views(records)))
+        views = list(batch_views(records))
+        return await self._sender.send(request, 200, {"Content-Type": BATCH_TYPE}, views, total_bytes(views))
 
     async def put(self, request: web.Request) -> web.Response:
         """Store frames; the answer says of each what became of it."""

@@ -74,7 +74,7 @@ class ChunkRoutes:
         if wanted:
             headers[hdrs.CONTENT_RANGE] = f"bytes {wanted.start}-{wanted.stop - 1}/{full_bytes}"
             views = list(_cut(views, wanted))
-        return await self._sender.send(request, 206 if wanted else 200, headers, views)
+        return await self._sender.send(request, 206 if wanted else 200, headers, views, total_bytes(views))
 
     async def head(self, request: web.Request) -> web.StreamResponse:
         """The headers of a GET."""

@@ -1,14 +1,14 @@
 """Bodies on their way out: written from views, and not for ever to somebody who does not read them."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
 from kvstore.config import ServerConfig
 from kvstore.metrics import Metrics
 from kvstore.server.receive import SLOWEST_BYTES_PER_S
-from kvstore.wire import send_views, total_bytes
+from kvstore.wire import send_views
 
 
 class Sender:
@@ -19,11 +19,16 @@ class Sender:
         self._metrics = metrics
 
     async def send(
-        self, request: web.Request, status: int, headers: Mapping[str, str], views: list[memoryview]
+        self,
+        request: web.Request,
+        status: int,
+        headers: Mapping[str, str],
+        views: Iterable[memoryview],
+        size_bytes: int,
     ) -> web.StreamResponse:
-        """Send an answer; a client that goes away or takes it too slowly loses its connection."""
+        """Send an answer of `size_bytes`; a client that goes away or takes it too slowly loses its connection."""
         response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = total_bytes(views)
+        response.content_length = size_bytes
         try:
             async with asyncio.timeout(self._timeout_s + response.content_length / SLOWEST_BYTES_PER_S):
                 await response.prepare(request)
