@@ -22,6 +22,7 @@ from kvstore.errors import BackendError, FrameError, PipelineError
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
+from kvstore.tiers.arrivals import Waits
 
 _BATCH_BYTES = 8 << 20
 _CONCURRENCY = 4
@@ -130,6 +131,7 @@ async def get_prefix(
     *,
     level: int | None = None,
     salt: bytes = b"",
+    wait_s: float = 0.0,
     deadline_s: float | None = None,
     artefacts: Mapping[str, bytes] | None = None,
 ) -> Prefix:
@@ -141,6 +143,8 @@ async def get_prefix(
         token_ids: The prompt from its first token on.
         level: Quality level to fetch up to, None for all that are held.
         salt: See `kvstore.keys.chunk_keys`.
+        wait_s: Time to wait for chunks that somebody is about to put, such as a prefill node; backends that cannot
+            wait are asked at once.
         deadline_s: After this many seconds what is complete so far is returned, with the miss `deadline`.
         artefacts: Calibration artefacts by digest.
 
@@ -149,7 +153,7 @@ async def get_prefix(
         PipelineError: A frame needs a stage or an artefact that is not here.
     """
     keys = chunk_keys(layout, token_ids, salt=salt)
-    fetch = _Fetch(backend, layout, keys, token_ids, level, artefacts or {})
+    fetch = _Fetch(backend, layout, keys, token_ids, level, wait_s, artefacts or {})
     try:
         async with asyncio.timeout(deadline_s):
             await fetch.run()
@@ -168,6 +172,7 @@ class _Fetch:
         keys: Sequence[ChunkKey],
         token_ids: Sequence[int],
         level: int | None,
+        wait_s: float,
         artefacts: Mapping[str, bytes],
     ) -> None:
         self._backend = backend
@@ -175,6 +180,7 @@ class _Fetch:
         self._keys = keys
         self._token_ids = token_ids
         self._level = level
+        self._wait_s = wait_s
         self._artefacts = artefacts
         self._gate = asyncio.Semaphore(_CONCURRENCY)
         self._done: list[Frame | Miss | None] = []
@@ -182,12 +188,17 @@ class _Fetch:
         self._planes: dict[str, torch.Tensor] = {}
 
     async def run(self) -> None:
-        held, self._end = await self._backend.match(self._keys)
+        held, self._end = await self._match()
         self._done = [None] * len(held)
         self._planes = _empty(self._layout, len(held) * self._layout.chunk_tokens)
         async with _plain_errors(), asyncio.TaskGroup() as group:
             for batch in _batches(held, self._level):
                 group.create_task(self._fetch(batch))
+
+    async def _match(self) -> Match:
+        if self._wait_s and isinstance(self._backend, Waits):
+            return await self._backend.wait(self._keys, self._wait_s)
+        return await self._backend.match(self._keys)
 
     def give_up(self, miss: Miss) -> None:
         """End the prefix at the first chunk that is not complete."""

@@ -1,5 +1,6 @@
 """Prefixes as tensors, through a real server: what comes back, how far, and why it ends."""
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from kvstore.layout import Layout, PlaneSpec, attention_layout
 from kvstore.prefix import get_prefix, match_prefix, put_prefix
 from kvstore.server import running_server
 from kvstore.testing import FaultyBackend
+from kvstore.tiers import TieredBackend
 
 LAYOUT = attention_layout("m", "r", layers=2, kv_heads=2, head_dim=16, chunk_tokens=8)
 IDS = list(range(100, 143))
@@ -107,6 +109,21 @@ async def test_a_deadline_returns_what_is_complete() -> None:
     slow.gate.clear()
     prefix = await get_prefix(slow, LAYOUT, IDS, deadline_s=0.05)
     assert (prefix.tokens, prefix.miss) == (0, Miss(Reason.DEADLINE))
+
+
+async def test_a_decode_node_waits_for_what_a_prefill_node_puts(client: Client) -> None:
+    stack = TieredBackend([HostBackend(1 << 20), client])
+    for backend, ids in ((client, IDS), (stack, IDS[:-16])):
+        other = dataclasses.replace(LAYOUT, revision=f"r of {type(backend).__name__}")
+        asked = asyncio.create_task(get_prefix(backend, other, ids, wait_s=60))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await put_prefix(client, other, ids, PLANES, RAW)
+        async with asyncio.timeout(20):
+            prefix = await asked
+        assert (prefix.tokens, prefix.miss) == (len(ids) // 8 * 8, None)
+    assert (await get_prefix(client, LAYOUT, IDS, wait_s=0.02)).miss == Miss(Reason.ABSENT)
+    assert (await get_prefix(client, LAYOUT, IDS, wait_s=60, deadline_s=0.05)).miss == Miss(Reason.DEADLINE)
 
 
 async def test_a_fetch_that_fails_is_a_miss_and_a_match_that_fails_an_error() -> None:
