@@ -58,10 +58,10 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         check_version()
         self._problem = ""
         self._store: ChunkStore | None = None
+        self._seen: dict[tuple[str, int, int], Codec] = {}
         try:
             options = parse_options(params)
             self._codecs = Codecs(options)
-            self._shapes: dict[tuple[str, int, int], Codec] = {}
             self._single_plane = options.single_plane
             self._store = ChunkStore(options)
         except KVStoreError as exc:
@@ -210,11 +210,11 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         except PipelineError as exc:
             log.warning("LMCache's chunks are not stored: %s", exc)
             return None
-        self._shapes[key.model_name, key.kv_rank, key.object_group_id] = codec
+        self._seen[key.model_name, key.kv_rank, key.object_group_id] = codec
         return codec
 
     def _known(self, key: Any) -> Codec | None:
-        return self._shapes.get((key.model_name, key.kv_rank, key.object_group_id))
+        return self._seen.get((key.model_name, key.kv_rank, key.object_group_id))
 
 
 class _Results:

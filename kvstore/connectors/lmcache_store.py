@@ -21,6 +21,7 @@ from kvstore.backends.host import HostBackend
 from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.lmcache_chunks import Chunk
+from kvstore.connectors.lmcache_metrics import COUNTS
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
 from kvstore.errors import AuthError, BackendError, ConfigError, KVStoreError
 from kvstore.frame import Frame
@@ -80,6 +81,7 @@ class ChunkStore:
         except BaseException:
             self.close()
             raise
+        COUNTS.add(self)
 
     async def _open(self, open_with: Callable[[LMCacheOptions], Backend]) -> Backend:
         return open_with(self.options)
@@ -158,6 +160,7 @@ class ChunkStore:
             self._closing = True
             pending = set(self._pending)
         wait(pending, self.options.flush_timeout_s)
+        COUNTS.remove(self)
         if hasattr(self, "_backend"):
             self._background.submit(self._close_backend()).result()
         self._background.close(_CLOSE_S)
