@@ -7,7 +7,7 @@ import platform
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -98,7 +98,14 @@ def ratio_interval(
 
 
 def write_result(
-    name: str, rows: Sequence[Row], aims: Sequence[Aim], seed: int, *, packages: Sequence[str] = (), out: Path | None
+    name: str,
+    rows: Sequence[Row],
+    aims: Sequence[Aim],
+    seed: int,
+    *,
+    packages: Sequence[str] = (),
+    programs: Mapping[str, str] | None = None,
+    out: Path | None,
 ) -> None:
     """Write a benchmark's one file; without a path nothing is written.
 
@@ -108,6 +115,7 @@ def write_result(
         aims: One for each aim of the benchmark.
         seed: Seed of everything random in it.
         packages: Packages whose versions matter.
+        programs: Versions of what is no package of this environment.
         out: Path of the file, as `output_path` gives it.
     """
     if out is None:
@@ -117,7 +125,7 @@ def write_result(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": _machine(),
-        "versions": {"python": platform.python_version()} | _versions(packages),
+        "versions": {"python": platform.python_version()} | _versions(packages) | dict(programs or {}),
         "seed": seed,
         "rows": list(rows),
         "aims": [aim.as_json() for aim in aims],
