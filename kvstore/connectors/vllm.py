@@ -9,6 +9,7 @@ This file translates between the engine's interface and the two halves that do t
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,9 @@ from kvstore.connectors.vllm_options import Options, is_fail_open, read_options
 from kvstore.connectors.vllm_plan import COUNTERS, Counters, Report, Step
 from kvstore.connectors.vllm_scheduler import SchedulerSide
 from kvstore.connectors.vllm_worker import WorkerSide
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import AuthError, ConfigError, KVStoreError
+from kvstore.keys import chunk_keys
+from kvstore.layout import Layout
 from kvstore.tiers import TieredBackend
 
 TESTED = ((0, 32), (0, 33))
@@ -136,6 +139,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             self._start(vllm_config, role, kv_cache_config, extra)
         except KVStoreError as exc:
+            self.shutdown()
             if not is_fail_open(extra):
                 raise
             log.error("kvstore: %s. The engine runs without it, because fail_open is true.", exc)  # noqa: TRY400
@@ -196,8 +200,10 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._layers = {name: number for number, name in enumerate(layer_order(group.layer_names))}
             self._worker.attach(_pages([kv_caches[name] for name in self._layers], group.kv_cache_spec))
         except KVStoreError as exc:
-            # The scheduler's half is up already and would promise what nobody could load.
-            raise ConfigError(f"kvstore cannot use this engine's cache: {exc}; start the engine without it") from exc
+            if not is_fail_open(self._kv_transfer_config.kv_connector_extra_config):
+                raise
+            # Without pages the worker fails every load and saves nothing.
+            log.error("kvstore cannot use this engine's cache: %s. The engine runs without it.", exc)  # noqa: TRY400
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -249,7 +255,8 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.close()
         if self._background is not None:
-            self._background.submit(self._backend.aclose()).result(1.0)
+            with suppress(TimeoutError, KVStoreError):
+                self._background.submit(self._backend.aclose()).result(1.0)
             self._background.close(1.0)
         self._scheduler = self._worker = self._background = None
 
@@ -266,6 +273,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(options, layouts[rank], rank, self._backend, self._background, self._counters)
             return
+        self._check_server(options, layouts[0])
         self._scheduler = SchedulerSide(
             options,
             layouts,
@@ -278,6 +286,25 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             consumes=self._kv_transfer_config.is_kv_consumer,
             produces=self._kv_transfer_config.is_kv_producer,
         )
+
+    def _check_server(self, options: Options, layout: Layout) -> None:
+        """Ask the server once.
+
+        Raises:
+            ConfigError: It refuses this engine, or is not there and `fail_open` is false.
+        """
+        assert self._background is not None
+        asked = self._background.submit(self._backend.match(chunk_keys(layout, [0] * layout.chunk_tokens)))
+        try:
+            asked.result(options.match_s)
+        except AuthError as exc:
+            raise ConfigError(f"option 'token': {options.url} refuses it: set it to the server's token") from exc
+        except (KVStoreError, TimeoutError) as exc:
+            asked.cancel()
+            problem = f"option 'url': {options.url} does not answer ({exc or 'no answer in time'})"
+            if not options.fail_open:
+                raise ConfigError(f"{problem}: start the server with 'kvstore serve', or correct the url") from exc
+            log.warning("kvstore: %s; the engine computes everything until it does", problem)
 
     def _step(self) -> Step:
         metadata = self._get_connector_metadata()

@@ -45,6 +45,7 @@ class _Loading:
 
     load: Load
     started_s: float
+    ended_s: float = 0.0
     task: "Future[None] | None" = None
     lock: Lock = field(default_factory=Lock)
     closed: bool = False
@@ -102,7 +103,10 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self._report = Report()
         self._staged: list[_Staged] = []
+        self._begun = False
         self._in_flight: set[ChunkKey] = set()
+        # All loads share it: it bounds what is fetched and not yet in the engine's cache.
+        self._gate = asyncio.Semaphore(_CONCURRENCY)
         self._queue = _Queue(options.queue_bytes)
         self._encoder = ThreadPoolExecutor(1, "kvstore-encode")
         self._paused_until_s = 0.0
@@ -121,6 +125,9 @@ class WorkerSide:
         for load in loads:
             loading = _Loading(load, time.monotonic())
             self._loading[load.request_id] = loading
+            if self._pages is None:
+                self._close(loading, "error")
+                continue
             loading.task = self._background.submit(self._load(loading))
 
     def finished(self) -> set[str]:
@@ -130,15 +137,10 @@ class WorkerSide:
         for loading in ended:
             load = loading.load
             del self._loading[load.request_id]
+            took_s = loading.ended_s - loading.started_s
             first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
             self._invalid.update(load.block_ids[first_bad : load.end])
-            result = Loaded(
-                loading.chunks,
-                loading.behind,
-                loading.reason,
-                loading.size_bytes,
-                time.monotonic() - loading.started_s,
-            )
+            result = Loaded(loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s)
             self._report.loads[load.request_id] = [result]
             self._count_load(loading, result)
         return {loading.load.request_id for loading in ended}
@@ -154,21 +156,18 @@ class WorkerSide:
         return report if report.loads else None
 
     def stage(self, saves: Sequence[Save], layer: int) -> None:
-        """Copy one layer of what is saved in this step; layers come in order, some may be left out."""
-        if layer == 0 or not self._staged:
-            self._begin(saves)
+        """Copy one layer of what is saved in this step, if its turn is now; `finish_saves` copies the others."""
+        self._begin(saves)
         for staged in self._staged:
             self._copy(staged, layer)
 
     def finish_saves(self, saves: Sequence[Save]) -> None:
         """Copy what is not copied yet, and leave the rest to the encoder."""
-        if saves and not self._staged:
-            self._begin(saves)
-        assert self._pages is not None or not self._staged
+        self._begin(saves)
         for staged in self._staged:
             while staged.layers < self._layout.layers:
                 self._copy(staged, staged.layers)
-        jobs, self._staged = self._staged, []
+        jobs, self._staged, self._begun = self._staged, [], False
         for start in range(0, len(jobs), self._batch):
             self._encoder.submit(self._store, jobs[start : start + self._batch])
 
@@ -186,14 +185,14 @@ class WorkerSide:
         return bool(self._loading or self._queue.used_bytes)
 
     async def _load(self, loading: _Loading) -> None:
-        load, gate = loading.load, asyncio.Semaphore(_CONCURRENCY)
+        load = loading.load
         tasks: list[asyncio.Task[str | None]] = []
         reason: str | None = "aborted"
         try:
             async with asyncio.timeout(self._options.deadline_s):
                 for start in range(0, load.chunks, self._batch):
                     numbers = range(start, min(start + self._batch, load.chunks))
-                    tasks.append(asyncio.create_task(self._load_batch(loading, numbers, gate)))
+                    tasks.append(asyncio.create_task(self._load_batch(loading, numbers)))
                 for task in tasks:
                     # What lies behind the first gap is of no use.
                     if reason := await task:
@@ -208,9 +207,9 @@ class WorkerSide:
                 task.cancel()
             self._close(loading, reason)
 
-    async def _load_batch(self, loading: _Loading, numbers: range, gate: asyncio.Semaphore) -> str | None:
+    async def _load_batch(self, loading: _Loading, numbers: range) -> str | None:
         """Fetch chunks and write them to their blocks; why that ended early."""
-        async with gate:
+        async with self._gate:
             keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
             try:
                 answers = await self._backend.get(keys, level=self._options.level)
@@ -266,6 +265,7 @@ class WorkerSide:
                 return
             loading.closed = True
             loading.reason = reason
+            loading.ended_s = time.monotonic()
         if loading.task is not None:
             loading.task.cancel()
         with self._ended_lock:
@@ -284,7 +284,10 @@ class WorkerSide:
             self._counters.add(f"failed_{result.reason}")
 
     def _begin(self, saves: Sequence[Save]) -> None:
-        """Make room for what is saved in this step; what finds none is not saved."""
+        """Make room for what is saved in this step, once; what finds none is not saved."""
+        if self._begun or self._pages is None:
+            return
+        self._begun = True
         for save in saves:
             for number in range(save.chunks):
                 key = save.keys[self._rank][number]
@@ -341,7 +344,7 @@ class WorkerSide:
             log.warning("%d chunks were not stored: %s", len(jobs), error)
             self._counters.add("save_failures", len(jobs))
             if isinstance(error, BackendUnavailableError):
-                self._paused_until_s = time.monotonic() + max(_PAUSE_S, error.retry_after_s)
+                self._paused_until_s = time.monotonic() + _PAUSE_S
             return
         for (_, frame), stored in zip(items, done.result(), strict=True):
             if stored.outcome is Outcome.FAILED:
