@@ -22,7 +22,12 @@ def main() -> None:
     path, command, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
     from lmcache.v1.cache_engine import LMCacheEngineBuilder
 
-    engine, memory = _build(path)
+    try:
+        engine, memory = _build(path)
+    except Exception as exc:
+        # Threads of LMCache that have been started by now would keep the process alive.
+        print(json.dumps({"refused": repr(exc)}), file=answers)
+        os._exit(0)
     ids = torch.arange(tokens) * 7 % 1000
     generator = torch.Generator().manual_seed(int(sys.argv[4]) if len(sys.argv) > 4 else 0)
     truth = torch.randn(2, LAYERS, tokens, HEADS * HEAD_DIM, generator=generator).to(torch.bfloat16)
