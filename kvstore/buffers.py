@@ -20,7 +20,7 @@ POOLED_BYTES_MIN = 256 << 10
 """Smaller buffers come from the ordinary heap."""
 POOL_BYTES_MAX = 128 << 20
 """Bytes that a pool keeps for later, beside those in use, however long."""
-PEAK_S = 5.0
+PEAK_S = 60.0
 """So long a pool keeps as many bytes as were in use at one time; not much longer than twice that."""
 
 _HUGE_BYTES = 2 << 20

@@ -69,7 +69,7 @@ class Client:
         url: Such as `http://127.0.0.1:8420`.
         token: Bearer token, where the server asks for one.
         timeout_s: Time that one request may take, beside what it is asked to wait.
-        connections: Most links that are open at one time, and most HTTP connections.
+        connections: Most links that are open at one time, and most HTTP connections, beside those that wait.
         batch_bytes_max: Largest batch that is accepted from the server; caps what its lengths can allocate.
 
     Raises:
@@ -94,7 +94,7 @@ class Client:
         self._timeout_s = timeout_s
         self._connections = connections
         self._batch_bytes_max = batch_bytes_max
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._links: Links | None = None
 
     async def __aenter__(self) -> "Client":
@@ -196,9 +196,8 @@ class Client:
         if self._links is not None:
             self._links.close()
             self._links = None
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        while self._sessions:
+            await self._sessions.popitem()[1].close()
 
     async def _post(
         self,
@@ -255,21 +254,22 @@ class Client:
             LinkRefusedError: Ask over HTTP.
         """
         target = path.removeprefix("/v1/") + "?" + "&".join([f"{name}={value}" for name, value in query.items()])
+
+        async def read_any(status: int, answer: LinkBody) -> T:
+            if status < 300:
+                return await read(answer)
+            text = await answer.bound(_ANSWER_BYTES_MAX).rest()
+            raise problem_of(self.name, f"{self.url}{path}", status, text)
+
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                links.ask(target, body.views, total_bytes(body.views)) as (status, answer),
-            ):
-                if status < 300:
-                    return await read(answer)
-                text = await answer.bound(_ANSWER_BYTES_MAX).rest()
+            async with asyncio.timeout(self._timeout_s):
+                return await links.ask(target, body.views, total_bytes(body.views), read_any)
         except LinkRefusedError:
             raise
         except TimeoutError as exc:
             raise BackendUnavailableError(self.name, f"{self.url} did not answer in {self._timeout_s} s") from exc
         except OSError as exc:
             raise BackendUnavailableError(self.name, f"{self.url}: {exc}") from exc
-        raise problem_of(self.name, f"{self.url}{path}", status, text)
 
     async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
         """Verified answers for the first of `keys`, at least one."""
@@ -328,7 +328,7 @@ class Client:
         timeout = aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
         data = None if body is None else ViewsPayload(*body)
         try:
-            async with self._open_session().request(
+            async with self._open_session("wait_ms" in query).request(
                 method, self.url + path, params=query, data=data, allow_redirects=False, timeout=timeout
             ) as response:
                 if response.status >= 300:
@@ -345,16 +345,17 @@ class Client:
             self._links = Links(self.url, self._headers, self._connections)
         return None if self._links.refused else self._links
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections),
+    def _open_session(self, waits: bool) -> aiohttp.ClientSession:
+        if waits not in self._sessions:
+            # Requests that wait for a put must not keep others from their connections; the server bounds them.
+            self._sessions[waits] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0 if waits else self._connections),
                 headers=self._headers,
                 read_bufsize=READ_BYTES,
                 auto_decompress=False,
                 trust_env=False,
             )
-        return self._session
+        return self._sessions[waits]
 
 
 def _verified(key: ChunkKey, record: Frame | Miss) -> Frame | Miss:

@@ -71,9 +71,9 @@ class Link:
         return self._socket.fileno() < 0
 
     @property
-    def quiet(self) -> bool:
-        """Whether nothing has arrived that was not asked for, as far as is known."""
-        return self._start == self._end
+    def ready_bytes(self) -> int:
+        """Bytes that have arrived and were not asked for yet, as far as is known; to take them never waits."""
+        return self._end - self._start
 
     async def take(self, size_bytes: int) -> bytes:
         """Exactly that many bytes, at most 64 KiB.
@@ -113,15 +113,26 @@ class Link:
         elif ready < len(buffer):
             await self._receive(buffer[ready:], len(buffer) - ready, arrived)
 
+    def send_some(self, views: Iterable[bytes | memoryview]) -> bool:
+        """Give the socket what it takes at once: whether that is all. Where it is not, `send` goes on with no views.
+
+        Raises:
+            ConnectionError: The connection is broken.
+        """
+        self._unsent[:0] = [memoryview(view) for view in views][::-1]
+        try:
+            return self._push()
+        except BaseException:
+            self._unsent = []
+            raise
+
     async def send(self, views: Iterable[bytes | memoryview]) -> None:
         """Send bytes; the socket has taken all of them when this returns.
 
         Raises:
             ConnectionError: The connection is broken.
         """
-        assert not self._unsent, "one writer at a time"
-        self._unsent = [memoryview(view) for view in views][::-1]
-        if self._push():
+        if self.send_some(views):
             return
         self._writer = self._loop.create_future()
         self._loop.add_writer(self._socket, self._writable)

@@ -4,9 +4,8 @@ import asyncio
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from kvstore.link import (
@@ -23,16 +22,11 @@ from kvstore.link import (
 _HEAD_BYTES_MAX = 16 << 10
 _REFUSED_S = 60.0
 
+T = TypeVar("T")
+
 
 class LinkRefusedError(ConnectionError):
     """There is a server, but it (or a proxy before it) does not upgrade connections; HTTP may work."""
-
-
-class LinkAnswer(NamedTuple):
-    """Status and body of an answer."""
-
-    status: int
-    body: LinkBody
 
 
 class Links:
@@ -62,14 +56,20 @@ class Links:
         """Whether the server is known not to upgrade; it is asked again after a minute."""
         return time.monotonic() < self._refused_until_s
 
-    @asynccontextmanager
-    async def ask(self, target: str, body: Sequence[memoryview | bytes], body_bytes: int) -> AsyncIterator[LinkAnswer]:
-        """Send a request; the link is kept if the answer has been read to its end when the block is left.
+    async def ask(
+        self,
+        target: str,
+        body: Sequence[memoryview | bytes],
+        body_bytes: int,
+        read: Callable[[int, LinkBody], Awaitable[T]],
+    ) -> T:
+        """Send a request; the link is kept if its answer is read to the end.
 
         Args:
             target: Route without `/v1/`, with its query.
             body: Views of the body.
             body_bytes: Bytes of it.
+            read: Makes of the answer's status and body what is returned.
 
         Raises:
             LinkRefusedError: The server does not upgrade connections.
@@ -81,14 +81,12 @@ class Links:
             link, status, answer_bytes = await self._send([head, *body])
             answer = LinkBody(link, answer_bytes)
             try:
-                yield LinkAnswer(status, answer)
-            except BaseException:
-                link.close()
-                raise
-            if self._closed or answer.open or answer.left_bytes or not link.quiet:
-                link.close()
-            else:
-                self._idle.append(link)
+                return await read(status, answer)
+            finally:
+                if self._closed or answer.open or answer.left_bytes or link.ready_bytes:
+                    link.close()
+                else:
+                    self._idle.append(link)
 
     def close(self) -> None:
         """Close all links, those that are in use when they are not any more."""

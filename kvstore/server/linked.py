@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from aiohttp import hdrs, web
+from prometheus_client import Counter, Histogram
 
 from kvstore.config import ServerConfig
 from kvstore.errors import KVStoreError, RequestError
@@ -77,6 +78,7 @@ class LinkRoutes:
         self._metrics = metrics
         self._running = running
         self._links: dict[Link, asyncio.Task[None]] = {}
+        self._counted: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._handlers: dict[str, Callable[[_Request], Awaitable[int]]] = {
             "match": self._match,
             "get": self._get,
@@ -126,7 +128,8 @@ class LinkRoutes:
                 if target_bytes > TARGET_BYTES_MAX or body_bytes == IN_PARTS:
                     return
                 with self._running:
-                    async with asyncio.timeout(self._timeout_s):
+                    # What has arrived is not waited for, and a deadline costs more than taking it.
+                    async with asyncio.timeout(None if link.ready_bytes >= target_bytes else self._timeout_s):
                         target = (await link.take(target_bytes)).decode("ascii", "replace")
                     name, _, query = target.partition("?")
                     fields = dict(field.partition("=")[::2] for field in query.split("&"))
@@ -146,8 +149,15 @@ class LinkRoutes:
         except Exception as exc:
             status = await self._fail(request, exc)
         route = "unknown" if handler is None else f"/v1/{request.name}"
-        self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started_s)
+        requests, seconds = self._counters(route, status)
+        requests.inc()
+        seconds.observe(time.perf_counter() - started_s)
+
+    def _counters(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        if (found := self._counted.get((route, status))) is None:
+            labelled = self._metrics.requests.labels(route, str(status)), self._metrics.request_seconds.labels(route)
+            found = self._counted[route, status] = labelled
+        return found
 
     async def _fail(self, request: _Request, exc: Exception) -> int:
         answer = failure(f"{request.name} on a link", exc)
@@ -172,12 +182,14 @@ class LinkRoutes:
     async def _get(self, request: _Request) -> int:
         level = level_of(request)
         keys, stored = await self._keys(request)
-        head = pack_message(200, IN_PARTS)
+        head, count = pack_message(200, IN_PARTS), 0
         try:
             async for records in self._batch.records(keys, stored, level, _PART_BYTES):
                 views = list(batch_views(records))
                 part_bytes = total_bytes(views)
-                await self._send_views(request, [head + pack_part(part_bytes), *views], part_bytes)
+                count += len(records)
+                last = [pack_part(0)] if count == len(keys) else []
+                await self._send_views(request, [head + pack_part(part_bytes), *views, *last], part_bytes)
                 self._metrics.sent_bytes.inc(part_bytes)
                 head = b""
         except KVStoreError as exc:
@@ -185,7 +197,8 @@ class LinkRoutes:
                 raise
             # The answer has begun, so there is no other way to say that it ends here.
             raise LinkClosedError("an answer ended early") from exc
-        await self._send_views(request, [head + pack_part(0)], 0)
+        if count < len(keys) or not keys:
+            await self._send_views(request, [head + pack_part(0)], 0)
         return 200
 
     async def _put(self, request: _Request) -> int:
@@ -209,7 +222,7 @@ class LinkRoutes:
     async def _keys(self, request: _Request) -> tuple[list[ChunkKey], list[ChunkKey]]:
         """Keys that the client means, and those under which they are stored."""
         namespace = namespace_of(request)
-        digests = await self._receiver.link_digests(request.body.bound)
+        digests = await self._receiver.link_digests(request.body.bound, request.link.ready_bytes)
         keys = with_namespace(namespace, digests)
         scoped = self._tenants.scope(request.tenant, namespace)
         return keys, keys if scoped == namespace else with_namespace(scoped, digests)
@@ -223,8 +236,10 @@ class LinkRoutes:
 
     async def _send_views(self, request: _Request, views: list[bytes | memoryview], size_bytes: int) -> None:
         """Send to a client that goes on reading; another one loses its connection."""
+        if request.link.send_some(views):
+            return
         try:
             async with asyncio.timeout(self._timeout_s + size_bytes / SLOWEST_BYTES_PER_S):
-                await request.link.send(views)
+                await request.link.send(())
         except TimeoutError as exc:
             raise LinkClosedError("the client does not take its answer") from exc
