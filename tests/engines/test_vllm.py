@@ -1,0 +1,179 @@
+"""Two processes of a real vLLM and one server: what the first computes, the second loads."""
+
+import asyncio
+import json
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from kvstore.client import Client
+from kvstore.codecs import encode, named_pipeline
+from kvstore.connectors.paged import empty_planes
+from kvstore.keys import chunk_keys
+from kvstore.layout import Layout, attention_layout
+from tests.engines.conftest import MODEL, VllmEngine, kvstore_server
+from tests.tcp_relay import Relay, tcp_relay
+
+PROMPTS = 50
+CHUNK = 128
+
+
+def _page(seed: int, tokenizer: Any, tokens: int = 1000) -> list[int]:
+    """A look-up page of so many tokens, as the model was trained on."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randrange(3, 8))) for _ in range(200)]
+    lines = [f"The code of {word} is {rng.randrange(100, 9999)}." for word in words]
+    ids: list[int] = tokenizer("Records:\n" + "\n".join(lines))["input_ids"][: tokens - 20]
+    question: list[int] = tokenizer(f"\nQuestion: What is the code of {words[3]}?\nAnswer:")["input_ids"]
+    return ids[: tokens - len(question)] + question
+
+
+class RelayThread:
+    """A relay in a loop of its own, so that tests need none."""
+
+    def __init__(self, port: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._stack = AsyncExitStack()
+        self.relay: Relay = self._run(self._stack.enter_async_context(tcp_relay(port)))
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    def set(self, fault: str, after_bytes: int = 0) -> None:
+        """What happens from now on."""
+        self.relay.fault, self.relay.after_bytes = fault, after_bytes
+
+    def stop(self) -> None:
+        self._run(self._stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+class Pair:
+    """A server, an engine that stored, what it said, and an engine that reads through a relay."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.prompts = [_page(seed, tokenizer) for seed in range(PROMPTS)]
+        writer = VllmEngine(folder / "writer.log", {"url": url, "chunk_tokens": CHUNK})
+        try:
+            self.recomputed = [writer.generate(ids) for ids in self.prompts]
+            # The same again continues from the engine's own cached KV.
+            self.cached = [writer.generate(ids) for ids in self.prompts]
+            self.written = writer.counts()
+        finally:
+            writer.stop()
+        self.relay = RelayThread(int(url.rsplit(":", 1)[1]))
+        extra = {"url": self.relay.relay.url, "chunk_tokens": CHUNK, "deadline_s": 1.0, "guard": False}
+        self.reader = VllmEngine(folder / "reader.log", extra)
+        self._before = self.reader.counts()
+
+    def changed(self) -> dict[str, float]:
+        """What the reader counted since the last call."""
+        now = self.reader.counts()
+        before, self._before = self._before, now
+        return {name: now[name] - before[name] for name in now if now[name] != before[name]}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with kvstore_server("--disk", "0", "--memory", "2GiB") as (url, _):
+        started = Pair(url, tmp_path_factory.mktemp("engines"))
+        yield started
+        started.reader.stop()
+        started.relay.stop()
+
+
+@pytest.mark.timeout(1200)
+def test_the_recorded_interface_is_the_installed_one() -> None:
+    import subprocess
+
+    from tests.engines.conftest import ROOT
+
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    code = "import json; from tests.engines.record_vllm import record; print(json.dumps(record(), sort_keys=True))"
+    out = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recorded = json.loads((ROOT / "tests" / "vllm_signatures.json").read_text())
+    assert json.loads(out.splitlines()[-1]) == recorded
+
+
+@pytest.mark.timeout(1800)
+def test_prefixes_of_one_engine_are_loaded_by_another(pair: Pair) -> None:
+    assert pair.written["saved_tokens"] == PROMPTS * (1000 // CHUNK * CHUNK)
+    found = [pair.reader.generate(ids) for ids in pair.prompts]
+    counts = pair.changed()
+    loaded = 999 // CHUNK * CHUNK
+    assert counts["loaded_tokens"] == PROMPTS * loaded
+    assert counts.get("failed_tokens", 0) == 0
+    assert counts.get("saved_tokens", 0) == 0
+    sources = pair.reader.metrics()
+    load_ms = counts["load_microseconds"] / 1e3 / PROMPTS
+    print(f"\nloaded {counts['loaded_tokens']:.0f} tokens in {load_ms:.1f} ms a prompt")
+    print({name: value for name, value in sources.items() if "prompt_tokens" in name})
+    same = [a["tokens"] == b["tokens"] for a, b in zip(found, pair.cached, strict=True)]
+    recomputed = [a["tokens"] == b["tokens"] for a, b in zip(pair.recomputed, pair.cached, strict=True)]
+    print(f"{sum(same)} of {PROMPTS} as from the engine's own cache; recomputing gives {sum(recomputed)}")
+    assert [one["cached"] for one in found] == [loaded] * PROMPTS
+    assert all(same)
+
+
+FAULTS = [("flip", 200_000, "corrupt"), ("cut", 200_000, "unavailable"), ("stall", 200_000, "deadline")]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("fault", "after", "reason"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
+def test_a_load_that_fails_is_computed(pair: Pair, fault: str, after: int, reason: str) -> None:
+    number = [case[0] for case in FAULTS].index(fault)
+    pair.reader.reset()
+    pair.changed()
+    pair.relay.set(fault, after)
+    found = pair.reader.generate(pair.prompts[number])
+    pair.relay.set("")
+    counts = pair.changed()
+    print(f"\n{fault}: {counts}")
+    assert counts[f"failed_{reason}"] == 1
+    assert counts["failed_tokens"] > 0
+    assert found["finish"] == "length"
+    assert found["tokens"] in (pair.recomputed[number]["tokens"], pair.cached[number]["tokens"])
+
+
+def _layout(pair: Pair, chunk_tokens: int) -> Layout:
+    """The layout that the connector has for the model, as anybody can make it."""
+    from kvstore.calibration.model import Model
+
+    return Model(MODEL).layout_of([1], chunk_tokens)
+
+
+@pytest.mark.timeout(1800)
+def test_a_chunk_of_another_model_is_computed(pair: Pair) -> None:
+    layout = _layout(pair, CHUNK)
+    # The same tokens with another salt: nothing is stored there but what this test forges.
+    ids = pair.prompts[4][::-1]
+    [key, *_] = chunk_keys(layout, ids)
+    other = attention_layout("another", "model", layers=4, kv_heads=2, head_dim=32, chunk_tokens=CHUNK)
+    planes = {name: plane.zero_() for name, plane in empty_planes(other).items()}
+    frame = encode(planes, other, named_pipeline("raw"), key=key)
+
+    async def forge() -> None:
+        async with Client(pair.url) as client:
+            await client.put([(key, frame)])
+
+    asyncio.run(forge())
+    pair.changed()
+    found = pair.reader.generate(ids)
+    counts = pair.changed()
+    print(f"\nanother model's chunk: {counts}")
+    assert counts["failed_identity"] + counts.get("failed_corrupt", 0) == 1
+    assert found["finish"] == "length"
+    pair.reader.reset()
+    assert pair.reader.generate(ids)["tokens"] == found["tokens"]
