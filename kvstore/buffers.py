@@ -5,8 +5,8 @@ memory back to its host has to ask for it again, at milliseconds a huge page. So
 buffer returns to it by itself when the last view of it is gone, wherever that happens, so nobody has to release
 anything and nothing that is still being read is ever written to.
 
-What was in use at one time a moment ago will be again: a client that gets batch after batch, a store that evicts as it is
-filled. So a pool keeps that much, and gives the memory back some seconds after the last use.
+What was in use at one time a moment ago will be again: a client that gets batch after batch, a store that evicts as it
+is filled. So a pool keeps that much, and gives the memory back some seconds after the last use.
 """
 
 import ctypes
