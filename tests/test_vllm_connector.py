@@ -140,6 +140,28 @@ async def test_roles_are_honoured(connector: Any, server: Server) -> None:
         assert (await serve(consumer, Request("d", ids)))["loaded_tokens"] == 16
 
 
+async def test_a_decode_engine_waits_for_the_prefill_engine(connector: Any, server: Server) -> None:
+    ids = prompt(30, 40)
+    async with (
+        engine(connector, server.url, settings={"role": "kv_producer"}) as prefill,
+        engine(connector, server.url, settings={"role": "kv_consumer"}) as decode,
+    ):
+        decode.add(Request("a", ids, kv_transfer_params={"do_remote_prefill": True}))
+        await asyncio.to_thread(decode.step)
+        assert decode.waiting, "nothing is there yet, so it is asked again"
+        await serve(prefill, Request("a", ids))
+        counts = await serve(decode)
+        assert counts["loaded_tokens"] == 32
+        assert counts["computed_tokens"] == 8
+
+
+async def test_waiting_for_a_prefill_engine_ends(connector: Any, server: Server) -> None:
+    async with engine(connector, server.url, settings={"role": "kv_consumer"}, wait_s=0.1) as decode:
+        counts = await serve(decode, Request("a", prompt(31, 24), kv_transfer_params={"do_remote_prefill": True}))
+        assert counts["computed_tokens"] == 24
+        assert "match_failures" not in counts
+
+
 @pytest.mark.parametrize(
     "beside",
     [
@@ -157,10 +179,10 @@ async def test_what_is_not_in_the_key_is_neither_stored_nor_served(
     async with engine(connector, server.url) as first:
         await serve(first, Request("plain", prompt(5, 24)))
         counts = await serve(first, Request("a", prompt(6, 24), **beside))
-        assert counts == {"skipped_requests": 1}
+        assert counts == {"skipped_requests": 1, "computed_tokens": 24}
     async with engine(connector, server.url) as second:
         counts = await serve(second, Request("b", prompt(5, 24), **beside))
-        assert counts == {"skipped_requests": 1}
+        assert counts == {"skipped_requests": 1, "computed_tokens": 24}
 
 
 async def test_salts_keep_requests_apart(connector: Any, server: Server) -> None:

@@ -266,18 +266,21 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_version(vllm.__version__, options)
         layouts = read_layouts(config, cache, options)
         self._background = Background(f"kvstore-{role.name.lower()}")
-        self._backend = _open_backend(options, role)
+        client = Client(options.url, token=options.token, timeout_s=options.deadline_s)
+        self._backend: Backend = client
         if role is KVConnectorRole.WORKER:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             rank = get_tensor_model_parallel_rank()
+            if options.local_memory:
+                self._backend = TieredBackend([HostBackend(options.local_memory), client])
             self._worker = WorkerSide(options, layouts[rank], rank, self._backend, self._background, self._counters)
             return
         self._check_server(options, layouts[0])
         self._scheduler = SchedulerSide(
             options,
             layouts,
-            self._backend,
+            client,
             self._background,
             Guard(),
             self._counters,
@@ -325,13 +328,6 @@ def check_version(version: str, options: Options) -> None:
             f"vLLM {version} is not among the tested versions (from {first}, below {end}): install one of them, "
             "or set option 'untested_version' to true"
         )
-
-
-def _open_backend(options: Options, role: KVConnectorRole) -> Backend:
-    client = Client(options.url, token=options.token, timeout_s=options.deadline_s)
-    if role is KVConnectorRole.WORKER and options.local_memory:
-        return TieredBackend([HostBackend(options.local_memory), client])
-    return client
 
 
 def _pages(layers: list[torch.Tensor], spec: Any) -> Pages:

@@ -29,6 +29,7 @@ class Options:
         local_memory: Budget of a cache of fetched chunks in this worker's memory; 0 is none.
         deadline_s: Time that a load may take; what has not come by then is computed.
         match_s: Time that a request may wait for the answer what is stored.
+        wait_s: Time that a request with `do_remote_prefill` waits for the chunks that a prefill engine is about to put.
         queue_bytes: Memory for chunks that wait to be encoded and sent; what does not fit is not stored.
         flush_s: Time that unsent chunks get at shutdown.
         guard: Whether a fetch that is expected to take longer than computing is left out.
@@ -47,6 +48,7 @@ class Options:
     local_memory: int = 0
     deadline_s: float = 10.0
     match_s: float = 1.0
+    wait_s: float = 5.0
     queue_bytes: int = 512 << 20
     flush_s: float = 2.0
     guard: bool = True
@@ -167,6 +169,7 @@ _CONVERTERS: Mapping[str, Callable[[object], Any]] = {
     "local_memory": parse_size,
     "deadline_s": _seconds,
     "match_s": _seconds,
+    "wait_s": _seconds,
     "queue_bytes": _queue,
     "flush_s": _seconds,
     "guard": _boolean,

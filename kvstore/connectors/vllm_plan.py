@@ -10,6 +10,7 @@ from kvstore.header import Behind
 from kvstore.keys import ChunkKey
 
 COUNTERS: Mapping[str, str] = {
+    "computed_tokens": "Tokens that the engine ran a forward pass for.",
     "queries": "Requests whose prefix was looked up.",
     "matched_tokens": "Tokens that were found stored beyond the local cache.",
     "refused_tokens": "Tokens that the guard left to the engine because fetching was expected to take longer.",

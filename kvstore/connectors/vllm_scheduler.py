@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.backend import Backend
+from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.paged import KL_UNKNOWN_NATS
@@ -37,8 +37,8 @@ class SchedulerSide:
     Args:
         options: The connector's options.
         layouts: Layout of every worker's shard, by rank.
-        backend: Where chunks are looked up.
-        background: Where look-ups run; it closes the backend.
+        client: Where chunks are looked up.
+        background: Where look-ups run.
         guard: Judge of what is worth fetching.
         counters: Where to count.
         block_tokens: Tokens of the engine's block.
@@ -52,7 +52,7 @@ class SchedulerSide:
         self,
         options: Options,
         layouts: Sequence[Layout],
-        backend: Backend,
+        client: Client,
         background: Background,
         guard: Guard,
         counters: Counters,
@@ -65,7 +65,7 @@ class SchedulerSide:
     ) -> None:
         self._options = options
         self._layouts = tuple(layouts)
-        self._backend = backend
+        self._client = client
         self._background = background
         self._guard = guard
         self._counters = counters
@@ -131,7 +131,9 @@ class SchedulerSide:
 
     def step(self, output: Any) -> Step:
         """What the workers do in the step that the engine has scheduled."""
-        self._observe_prefill(sum(output.num_scheduled_tokens.values()))
+        computed_tokens = sum(output.num_scheduled_tokens.values())
+        self._counters.add("computed_tokens", computed_tokens)
+        self._observe_prefill(computed_tokens)
         scheduled = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         scheduled |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -188,12 +190,16 @@ class SchedulerSide:
             tracked.found = Found()
             return
         self._counters.add("queries")
-        tracked.lookup = self._background.submit(self._ask(token_ids, tracked.salt))
+        tracked.lookup = self._background.submit(self._ask(token_ids, tracked.salt, self._wait_s(tracked.request)))
 
-    async def _ask(self, token_ids: Sequence[int], salt: bytes) -> Found:
+    def _wait_s(self, request: Any) -> float:
+        """How long to wait for chunks that another engine is about to put: only where the request says one is."""
+        return self._options.wait_s if (request.kv_transfer_params or {}).get("do_remote_prefill") else 0.0
+
+    async def _ask(self, token_ids: Sequence[int], salt: bytes, wait_s: float) -> Found:
         keys = tuple(tuple(chunk_keys(layout, token_ids, salt=salt)) for layout in self._layouts)
-        async with asyncio.timeout(self._options.match_s):
-            matches = await asyncio.gather(*(self._backend.match(shard) for shard in keys))
+        async with asyncio.timeout(self._options.match_s + wait_s):
+            matches = await asyncio.gather(*(self._client.wait(shard, wait_s) for shard in keys))
         return Found(keys, tuple(match.held for match in matches))
 
     def _answer(self, tracked: Tracked) -> Found | None:

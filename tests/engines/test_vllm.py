@@ -22,6 +22,7 @@ from tests.tcp_relay import Relay, tcp_relay
 
 PROMPTS = 50
 CHUNK = 128
+TOKENS = 16
 
 
 def _page(seed: int, tokenizer: Any, tokens: int = 1000) -> list[int]:
@@ -114,6 +115,8 @@ def test_prefixes_of_one_engine_are_loaded_by_another(pair: Pair) -> None:
     counts = pair.changed()
     loaded = 999 // CHUNK * CHUNK
     assert counts["loaded_tokens"] == PROMPTS * loaded
+    # Forward passes run over the rest of each prompt, all generated tokens but the last, and the probe of `counts`.
+    assert counts["computed_tokens"] == PROMPTS * (1000 - loaded + TOKENS - 1) + 4
     assert counts.get("failed_tokens", 0) == 0
     assert counts.get("saved_tokens", 0) == 0
     sources = pair.reader.metrics()
