@@ -70,7 +70,7 @@ class Run:
     calls_max: int = 256
     exists_calls: int = 800
     batch_bytes_max: int = 2 << 30
-    rounds: int = 15
+    rounds: int = 5
     memory_bytes: int = 5 << 29
 
 
