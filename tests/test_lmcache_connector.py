@@ -29,7 +29,6 @@ from tests.lmcache_double import (
     Buffer,
     Controllers,
     EngineKey,
-    IrrecoverableError,
     Memory,
     ObjectKey,
     installed,
@@ -755,10 +754,10 @@ async def test_settings_of_lmcache_that_do_not_fit_are_named(
         connect(lmcache, context)
 
 
-async def test_fail_closed_stops_lmcache_by_its_own_exception(lmcache: Any) -> None:
-    with pytest.raises(IrrecoverableError, match="url"):
+async def test_fail_closed_ends_the_process_as_lmcache_goes_on_after_every_error(lmcache: Any) -> None:
+    with pytest.raises(SystemExit, match="url"):
         connect(lmcache, context_of(URL, Memory(), fail_open=False))
-    with pytest.raises(IrrecoverableError, match="head_dim"):
+    with pytest.raises(SystemExit, match="head_dim"):
         connect(lmcache, context_of(URL, Memory(), fail_open="false", head_dim="many"))
 
 

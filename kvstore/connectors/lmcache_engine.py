@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lmcache.v1.exceptions import IrrecoverableException
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, extract_plugin_type
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
@@ -48,10 +47,10 @@ class KvstoreConnectorAdapter(ConnectorAdapter):  # type: ignore[misc]
             check_version()
             return KvstoreRemoteConnector(context, parse_options(given))
         except KVStoreError as exc:
-            # LMCache goes on without the connector, unless it is told that nothing can be done.
+            # LMCache logs every error of a connector, its own `IrrecoverableException` too, and goes on without it.
             if fails_open(given):
                 raise
-            raise IrrecoverableException(f"kvstore: {exc}") from exc
+            raise SystemExit(f"kvstore: {exc}") from exc
 
 
 class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]

@@ -24,7 +24,7 @@ def main() -> None:
 
     try:
         engine, memory = _build(path)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         # Threads of LMCache that have been started by now would keep the process alive.
         print(json.dumps({"refused": repr(exc)}), file=answers)
         os._exit(0)

@@ -346,7 +346,7 @@ def test_vllm_reads_through_a_fresh_lmcache_what_another_stored(
 ) -> None:
     url = serve().url
     asked = prompts([300, 1000])
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=url)
+    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=url, lookup_deadline_s=10)
     engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
     expected = engine.generate(asked)
     assert [one["cached"] for one in expected] == [0, 0]
@@ -355,7 +355,7 @@ def test_vllm_reads_through_a_fresh_lmcache_what_another_stored(
     engine.stop()
     writer.child.stop()
 
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=url)
+    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=url, lookup_deadline_s=10)
     engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
     found = engine.generate(asked)
     assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
@@ -371,7 +371,7 @@ def test_vllm_computes_what_a_killed_server_cannot_give(
 ) -> None:
     process = serve()
     asked = prompts([300], seed=1)
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=process.url)
+    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=process.url, lookup_deadline_s=10)
     engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
     expected = engine.generate(asked)
     wait_for(lambda: writer.adapter().get("stored_chunks", 0) == 300 // CHUNK_TOKENS, writer.child)
@@ -379,7 +379,7 @@ def test_vllm_computes_what_a_killed_server_cannot_give(
     writer.child.stop()
     process.kill()
 
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=process.url)
+    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=process.url, lookup_deadline_s=10)
     engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
     found = engine.generate(asked)
     assert found[0]["tokens"] == expected[0]["tokens"]
