@@ -4,6 +4,7 @@ What a real vLLM makes of it is tested by `make test-engines`.
 """
 
 import asyncio
+import dataclasses
 import gc
 import inspect
 import random
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore.connectors.vllm_options import Options
+from kvstore.connectors.vllm_plan import COUNTERS
 from kvstore.errors import ConfigError
 from kvstore.links import Links
 from tests.conftest import Server, Start
@@ -155,6 +158,15 @@ async def test_a_decode_engine_waits_for_the_prefill_engine(connector: Any, serv
         assert counts["computed_tokens"] == 8
 
 
+async def test_a_prefill_engine_ends_when_its_prompt_is_stored(connector: Any, server: Server) -> None:
+    async with engine(connector, server.url, settings={"role": "kv_producer", "step_tokens": 12}) as prefill:
+        prefill.add(Request("a", prompt(32, 40)))
+        await asyncio.to_thread(prefill.run)
+        assert prefill.worker._worker._queue.used_bytes == 0
+    async with engine(connector, server.url) as decode:
+        assert (await serve(decode, Request("a", prompt(32, 40))))["loaded_tokens"] == 32
+
+
 async def test_waiting_for_a_prefill_engine_ends(connector: Any, server: Server) -> None:
     async with engine(connector, server.url, settings={"role": "kv_consumer"}, wait_s=0.1) as decode:
         counts = await serve(decode, Request("a", prompt(31, 24), kv_transfer_params={"do_remote_prefill": True}))
@@ -207,7 +219,7 @@ async def test_a_load_that_fails_is_computed(connector: Any, server: Server, fau
         await serve(first, Request("a", ids))
     async with (
         tcp_relay(server.port) as relay,
-        engine(connector, relay.url, settings={"blocks": 128}, deadline_s=0.5) as second,
+        engine(connector, relay.url, settings={"blocks": 128}, deadline_s=0.5 if fault == "stall" else 20.0) as second,
     ):
         relay.fault, relay.after_bytes = fault, 30_000
         counts = await serve(second, Request("b", ids))
@@ -543,3 +555,10 @@ async def test_a_wrong_token_is_named(connector: Any, start: Start, tmp_path: Pa
     good = config(extra=extra | {"token": "right"})
     opened = await asyncio.to_thread(connector.KvstoreConnector, good, role, cache_config())
     await asyncio.to_thread(opened.shutdown)
+
+
+def test_every_option_and_counter_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "engines.md").read_text().partition("## vLLM")[2]
+    section = page.partition("\n## ")[0]
+    names = [setting.name for setting in dataclasses.fields(Options)]
+    assert [name for name in [*names, *COUNTERS] if f"| `{name}` |" not in section] == []

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: what a connector does beside the engine's loops, which must never wait."""
+"""What a connector does beside the engine's loops, which must never wait: a loop of its own, and a bound on work."""
 
 import asyncio
 import logging
@@ -53,3 +53,35 @@ class Background:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._loop.shutdown_default_executor()
         self._loop.stop()
+
+
+class BoundedBytes:
+    """Bytes that are on their way out, and their bound.
+
+    Args:
+        bytes_max: Most bytes at one time.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        self.used_bytes = 0
+        self._bytes_max = bytes_max
+        self._changed = threading.Condition()
+
+    def take(self, size_bytes: int) -> bool:
+        """Make room; whether there was some. One taker always finds some."""
+        with self._changed:
+            if self.used_bytes and self.used_bytes + size_bytes > self._bytes_max:
+                return False
+            self.used_bytes += size_bytes
+            return True
+
+    def give(self, size_bytes: int) -> None:
+        """Give room back."""
+        with self._changed:
+            self.used_bytes -= size_bytes
+            self._changed.notify_all()
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Whether nothing is on its way any more, after a bounded wait."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.used_bytes == 0, timeout_s)

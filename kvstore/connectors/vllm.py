@@ -274,7 +274,15 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             rank = get_tensor_model_parallel_rank()
             if options.local_memory:
                 self._backend = TieredBackend([HostBackend(options.local_memory), client])
-            self._worker = WorkerSide(options, layouts[rank], rank, self._backend, self._background, self._counters)
+            self._worker = WorkerSide(
+                options,
+                layouts[rank],
+                rank,
+                self._backend,
+                self._background,
+                self._counters,
+                delivers=not self._kv_transfer_config.is_kv_consumer,
+            )
             return
         self._check_server(options, layouts[0])
         self._scheduler = SchedulerSide(

@@ -110,9 +110,11 @@ class Save(Run):
 
     Args:
         behind: What the chunks stand on, where that is not exact.
+        final: Whether the prompt's last full chunk is among them.
     """
 
     behind: Behind | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,9 @@ class SchedulerSide:
         if tracked.behind is not None and not self._options.store_derived:
             self._counters.add("derived_tokens", (last - first) * self._chunk_tokens)
             return None
-        return Save(**self._run(tracked, first, last, self._blocks_of(request_id)), behind=tracked.behind)
+        run = self._run(tracked, first, last, self._blocks_of(request_id))
+        final = first < request.num_prompt_tokens // self._chunk_tokens <= last
+        return Save(**run, behind=tracked.behind, final=final)
 
     def _settle(self, tracked: Tracked, load: Load) -> None:
         """Settle a load by what its workers reported: what is saved next, and what that stands on."""

@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Condition, Lock
+from threading import Lock
 
 import torch
 
 from kvstore.backend import Backend, Miss, Outcome, Reason, Stored
 from kvstore.codecs import Context, Planes, decode, encode
-from kvstore.connectors.background import Background
+from kvstore.connectors.background import Background, BoundedBytes
 from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save
@@ -81,10 +81,19 @@ class WorkerSide:
         backend: Where chunks are kept.
         background: Where it is talked to.
         counters: Where to count.
+        delivers: Whether a prompt must be stored when its step ends, because another engine goes on with it.
     """
 
     def __init__(
-        self, options: Options, layout: Layout, rank: int, backend: Backend, background: Background, counters: Counters
+        self,
+        options: Options,
+        layout: Layout,
+        rank: int,
+        backend: Backend,
+        background: Background,
+        counters: Counters,
+        *,
+        delivers: bool = False,
     ) -> None:
         self._options = options
         self._layout = layout
@@ -92,6 +101,7 @@ class WorkerSide:
         self._backend = backend
         self._background = background
         self._counters = counters
+        self._delivers = delivers
         self._pipeline, self._artefacts = options.codec()
         # A lossy copy is only used where the user chose a lossy pipeline or a level.
         self._exact_only = self._pipeline.lossless and options.level is None
@@ -107,7 +117,7 @@ class WorkerSide:
         self._in_flight: set[ChunkKey] = set()
         # All loads share it: it bounds what is fetched and not yet in the engine's cache.
         self._gate = asyncio.Semaphore(_CONCURRENCY)
-        self._queue = _Queue(options.queue_bytes)
+        self._queue = BoundedBytes(options.queue_bytes)
         self._encoder = ThreadPoolExecutor(1, "kvstore-encode")
         self._paused_until_s = 0.0
         self._batch = max(1, _BATCH_CHUNKS_BYTES // layout.chunk_bytes)
@@ -170,6 +180,8 @@ class WorkerSide:
         jobs, self._staged, self._begun = self._staged, [], False
         for start in range(0, len(jobs), self._batch):
             self._encoder.submit(self._store, jobs[start : start + self._batch])
+        if self._delivers and jobs and any(save.final for save in saves):
+            self._queue.wait_empty(self._options.deadline_s)
 
     def close(self) -> None:
         """End loads, give saves a bounded time, and free everything; safe to call twice."""
@@ -359,34 +371,6 @@ class WorkerSide:
         for staged in jobs:
             self._in_flight.discard(staged.save.keys[self._rank][staged.number])
         self._queue.give(len(jobs) * self._layout.chunk_bytes)
-
-
-class _Queue:
-    """Bytes of chunks that are on their way out, and their bound."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self.used_bytes = 0
-        self._bytes_max = bytes_max
-        self._changed = Condition()
-
-    def take(self, size_bytes: int) -> bool:
-        """Make room; whether there was some. One chunk always fits."""
-        with self._changed:
-            if self.used_bytes and self.used_bytes + size_bytes > self._bytes_max:
-                return False
-            self.used_bytes += size_bytes
-            return True
-
-    def give(self, size_bytes: int) -> None:
-        """Give room back."""
-        with self._changed:
-            self.used_bytes -= size_bytes
-            self._changed.notify_all()
-
-    def wait_empty(self, timeout_s: float) -> bool:
-        """Whether nothing is on its way any more, after a bounded wait."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.used_bytes == 0, timeout_s)
 
 
 def _worse(known: Behind | None, found: Behind) -> Behind:

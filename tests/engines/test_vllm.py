@@ -2,10 +2,15 @@
 
 import asyncio
 import json
+import os
 import random
+import socket
+import subprocess
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from kvstore.codecs import encode, named_pipeline
 from kvstore.connectors.paged import empty_planes
 from kvstore.keys import chunk_keys
 from kvstore.layout import Layout, attention_layout
-from tests.engines.conftest import MODEL, VllmEngine, kvstore_server
+from tests.engines.conftest import MODEL, ROOT, VllmEngine, kvstore_server
 from tests.tcp_relay import Relay, tcp_relay
 
 PROMPTS = 50
@@ -97,10 +102,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.mark.timeout(1200)
 def test_the_recorded_interface_is_the_installed_one() -> None:
-    import subprocess
-
-    from tests.engines.conftest import ROOT
-
     python = ROOT / ".venv-vllm" / "bin" / "python"
     code = "import json; from tests.engines.record_vllm import record; print(json.dumps(record(), sort_keys=True))"
     out = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -180,3 +181,85 @@ def test_a_chunk_of_another_model_is_computed(pair: Pair) -> None:
     assert found["finish"] == "length"
     pair.reader.reset()
     assert pair.reader.generate(ids)["tokens"] == found["tokens"]
+
+
+@pytest.mark.timeout(1800)
+def test_a_server_that_was_killed_costs_a_computation(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = _page(77, tokenizer)
+    with kvstore_server("--disk", "0") as (url, process):
+        # Its own cache is emptied between, so one engine is enough.
+        engine = VllmEngine(tmp_path / "engine.log", {"url": url, "chunk_tokens": CHUNK, "deadline_s": 2.0})
+        try:
+            computed = engine.generate(ids)
+            assert engine.counts()["saved_tokens"] > 0
+            engine.reset()
+            process.kill()
+            process.wait()
+            started_s = time.monotonic()
+            again = engine.generate(ids)
+            took_s = time.monotonic() - started_s
+            counts = engine.counts()
+        finally:
+            engine.stop()
+    print(f"\nserver killed: {took_s:.2f} s, {counts}")
+    assert again["tokens"] == computed["tokens"]
+    assert counts["match_failures"] == 1
+    assert counts.get("loaded_tokens", 0) == 0
+    assert took_s < 2.0 + 1.0 + 5.0, "look-up and load are bounded, and computing takes less than this"
+
+
+@pytest.mark.timeout(1800)
+def test_the_example_serves_prefill_and_decode_apart(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    body = {"prompt": _page(78, tokenizer), "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with kvstore_server("--disk", "0") as (url, _), ExitStack() as stack:
+        ports = {}
+        for role in ("kv_producer", "kv_consumer"):
+            ports[role] = stack.enter_context(serving(url, role, tmp_path / f"{role}.log"))
+        first = _post(ports["kv_producer"], body | {"max_tokens": 16})
+        second = _post(ports["kv_consumer"], body | {"max_tokens": 16})
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{ports['kv_consumer']}/metrics").read().decode()
+    assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
+    loaded = [line for line in metrics.splitlines() if line.startswith("vllm:kvstore_loaded_tokens_total")]
+    print("\n", loaded)
+    assert float(loaded[0].split()[-1]) == 999 // CHUNK * CHUNK
+
+
+@contextmanager
+def serving(url: str, role: str, log: Path) -> Iterator[int]:
+    """`examples/vllm_serve.sh` on a free port, until the block is left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "KV_ROLE": role}
+    environ |= {"CHUNK_TOKENS": str(CHUNK), "PATH": f"{ROOT / '.venv-vllm' / 'bin'}:{os.environ['PATH']}"}
+    command = [str(ROOT / "examples" / "vllm_serve.sh"), str(MODEL), url, "--port", str(port), "--host", "127.0.0.1"]
+    with log.open("w") as out:
+        settings = ["--enforce-eager", "--block-size", "32", "--dtype", "bfloat16", "--served-model-name", "m"]
+        process = subprocess.Popen([*command, *settings], stdout=out, stderr=out, env=environ, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.5)
+        yield port
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+def _post(port: int, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body | {"model": "m"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return dict(json.loads(answer.read()))
