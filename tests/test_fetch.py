@@ -231,7 +231,10 @@ async def test_wherever_a_stream_is_cut_the_levels_before_are_complete() -> None
     frames = FRAMES[:3]
     data = bytes_of(frames)
     ends = _level_ends(frames)
-    for end in range(len(data)):
+    # Around every end of a level, and at a prime distance elsewhere.
+    for end in sorted(
+        {*range(0, len(data), 7), *(end + near for end in ends for near in (-1, 0, 1))} - {len(data), len(data) + 1}
+    ):
         found = await result(data[:end], KEYS[:3])
         complete = sum(1 for level_end in ends if level_end <= end)
         assert found.cut == Miss(Reason.CORRUPT)

@@ -12,6 +12,7 @@ from kvstore.backend import Miss, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
 from kvstore.errors import BackendUnavailableError
+from kvstore.fetch import fetch_run
 from kvstore.testing import make_frame, make_key
 from kvstore.tiers import TieredBackend
 from kvstore.tiers.arrivals import Waits
@@ -206,6 +207,27 @@ async def test_a_client_waits(server: Server) -> None:
         held, miss = await asked
         assert (len(held), miss) == (2, None)
         assert (await client.wait([*KEYS[:1], KEYS[3]], 0.01)).miss == Miss(Reason.ABSENT)
+
+
+async def test_those_who_wait_leave_connections_to_others(server: Server) -> None:
+    async with Client(server.url, connections=1, timeout_s=5) as client:
+        waits = [asyncio.create_task(client.wait(KEYS[:1], 60)) for _ in range(3)]
+        await waiting(server, 3)
+        await client.put([(KEYS[1], FRAMES[1])])
+        assert [key async for key, _ in client.scan(KEYS[1][:16])] == [KEYS[1]]
+        assert (await fetch_run(client, KEYS[1:2])).frames == FRAMES[1:2]
+        await client.put([(KEYS[0], FRAMES[0])])
+        assert [(await wait).miss for wait in waits] == [None] * 3
+
+
+async def test_a_fetch_that_waits_ends_with_its_connection(server: Server) -> None:
+    async with Client(server.url) as client:
+        fetched = asyncio.create_task(fetch_run(client, KEYS[:1], wait_ms=LONG_MS))
+        await waiting(server, 1)
+        fetched.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetched
+        await waiting(server, 0)
 
 
 async def test_a_stack_waits_for_a_put_of_its_own() -> None:
