@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-BENCHMARKS := $(filter-out harness report tiers_hits,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
+BENCHMARKS := $(filter-out harness report tiers_hits mooncake_worker,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
 
 .PHONY: help demo test test-lmdb test-s3 test-engines lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
 
@@ -65,6 +65,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(addprefix bench-,$(BENCHMARKS)) docs
+
+# The peers that have an environment of their own; redis-server and the libraries that Mooncake is linked to (libibverbs1,
+# librdmacm1, libnuma1) are packages of the system. What is not there is reported as missing.
+bench-peers: .venv-peers/.made .venv-lmcache/.made
+.venv-peers/.made:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.$* $(ARGS)

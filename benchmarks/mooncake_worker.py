@@ -45,7 +45,7 @@ class Driver:
     def __init__(self, store: Any) -> None:
         self._store = store
         self._pattern = b""
-        self._buffers: list[Buffer] = []
+        self._arena: Arena | None = None
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """What became of a question."""
@@ -57,7 +57,7 @@ class Driver:
 
     def _hold(self, value_bytes: int) -> None:
         self._pattern = bytes(itertools.islice(itertools.cycle(range(251)), 1 << 16)) * (value_bytes >> 16)
-        source = self._buffer(0, value_bytes)
+        source = Buffer(self._arena_of(value_bytes), 0, value_bytes)
         source.view[:value_bytes] = self._pattern
         for number in range(BATCH_CHUNKS):
             code = self._store.put_from(held_key(value_bytes, number), source.address, value_bytes)
@@ -75,7 +75,8 @@ class Driver:
     def _measure(self, work: Work) -> Taken:
         size_bytes = work.value_bytes
         chunks = BATCH_CHUNKS if work.operation == BATCH else 1
-        buffers = [self._buffer(client, size_bytes * chunks) for client in range(work.clients)]
+        arena = self._arena_of(work.clients * size_bytes * chunks)
+        buffers = [Buffer(arena, client * size_bytes * chunks, size_bytes * chunks) for client in range(work.clients)]
         keys = [held_key(size_bytes, number) for number in range(BATCH_CHUNKS)]
         fresh = [fresh_key(work, number) for number in range(work.calls if work.operation == PUT else 0)]
         for buffer in buffers if fresh else ():
@@ -103,29 +104,38 @@ class Driver:
             self._store.remove(key, True)
         return taken
 
-    def _buffer(self, client: int, size_bytes: int) -> "Buffer":
-        """The registered buffer of a client, at least so large."""
-        while len(self._buffers) <= client:
-            self._buffers.append(Buffer(self._store, 1 << 20))
-        if self._buffers[client].size_bytes < size_bytes:
-            self._buffers[client].unregister()
-            self._buffers[client] = Buffer(self._store, size_bytes)
-        return self._buffers[client]
+    def _arena_of(self, size_bytes: int) -> "Arena":
+        """Registered memory, at least so much."""
+        if self._arena is None or self._arena.size_bytes < size_bytes:
+            if self._arena is not None:
+                self._arena.unregister()
+            self._arena = Arena(self._store, size_bytes)
+        return self._arena
 
 
-class Buffer:
-    """Registered memory."""
+class Arena:
+    """Registered memory, touched once so that it is not fresh when values arrive."""
 
     def __init__(self, store: Any, size_bytes: int) -> None:
         self._store = store
         self.size_bytes = size_bytes
         self.view = memoryview(mmap.mmap(-1, size_bytes))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
-        assert store.register_buffer(self.address, size_bytes) == 0, "the buffer cannot be registered"
+        for start in range(0, size_bytes, mmap.PAGESIZE):
+            self.view[start] = 1
+        assert store.register_buffer(self.address, size_bytes) == 0, "the memory cannot be registered"
 
     def unregister(self) -> None:
         """Give it up."""
         self._store.unregister_buffer(self.address)
+
+
+class Buffer:
+    """A client's part of an arena."""
+
+    def __init__(self, arena: Arena, start: int, size_bytes: int) -> None:
+        self.view = arena.view[start : start + size_bytes]
+        self.address = arena.address + start
 
 
 if __name__ == "__main__":

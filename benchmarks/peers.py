@@ -1,8 +1,8 @@
 """kvstore beside what its users would take instead: Redis, LMCache's server and Mooncake Store, in one run over TCP.
 
 `python -m benchmarks.peers` times put, get, exists and a get of 32 values at once, by one client and by sixteen, the
-stores taking turns in an order drawn anew for every round. `make peers` installs the two that need environments of
-their own.
+stores taking turns in an order drawn anew for every round. `make bench-peers` installs the two that need environments
+of their own.
 """
 
 import argparse
@@ -59,7 +59,8 @@ class Run:
         moved_bytes: Bytes that the calls of one cell move in one round, about.
         calls_max: Most calls of one cell in one round.
         exists_calls: Calls of a cell of `exists` in one round.
-        batch_bytes_max: Bytes that all clients together may hold of batches; fewer of them call where more would.
+        batch_bytes_max: Bytes that all clients together may hold of batches; fewer of them call where more would,
+            and a cell that would be left with one is not measured.
         rounds: Rounds.
         memory_bytes: Memory that stores are given.
     """
@@ -68,10 +69,14 @@ class Run:
     clients: tuple[int, ...] = (1, 16)
     moved_bytes: int = 512 * _MIB
     calls_max: int = 256
-    exists_calls: int = 800
-    batch_bytes_max: int = 2 << 30
-    rounds: int = 5
+    exists_calls: int = 600
+    batch_bytes_max: int = 1 << 30
+    rounds: int = 4
     memory_bytes: int = 5 << 29
+
+    def fits(self, operation: str, value_bytes: int, clients: int) -> bool:
+        """Whether more clients than one can hold their batches, where more than one are asked for."""
+        return operation != BATCH or clients == 1 or 2 * value_bytes * BATCH_CHUNKS <= self.batch_bytes_max
 
 
 QUICK = Run((64 << 10,), (1, 2), moved_bytes=_MIB, calls_max=4, exists_calls=8, rounds=2, memory_bytes=64 * _MIB)
@@ -136,6 +141,7 @@ async def measure(run: Run, args: argparse.Namespace) -> dict[Cell, Samples]:
                 cells = [
                     (store, Cell(store.name, operation, value_bytes, clients))
                     for store, operation, clients in product(stores, OPERATIONS, run.clients)
+                    if run.fits(operation, value_bytes, clients)
                 ]
                 for number in range(-1, run.rounds):
                     for store, cell in rng.sample(cells, len(cells)):
@@ -227,6 +233,10 @@ def _compare(run: Run, samples: dict[Cell, Samples], missing: dict[str, str], se
             for cell, found in samples.items()
             if cell.store != OURS and cell[1:] == (operation, value_bytes, clients)
         }
+        if not run.fits(operation, value_bytes, clients):
+            needs = clients * value_bytes * BATCH_CHUNKS >> 30
+            aims.append(missed_for(aim, 1.0, f"{needs} GiB for what the clients hold, and as much for each server"))
+            continue
         if not others:
             aims.append(missed_for(aim, 1.0, ", ".join(missing.values())))
             continue

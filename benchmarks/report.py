@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.codec_pages import CODEC_PAGES
 from benchmarks.harness import RESULTS, ROOT, Row
+from benchmarks.peer_pages import PEER_PAGES
 from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure, two_digits
 from benchmarks.tier_pages import TIER_PAGES
 
@@ -227,6 +228,7 @@ PAGES: Mapping[str, Page] = {
         _plot_wire,
     ),
     **CODEC_PAGES,
+    **PEER_PAGES,
     **TIER_PAGES,
 }
 """How each benchmark is shown; one that is not listed gets plain tables of its rows."""

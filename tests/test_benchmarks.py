@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import at_least, at_most, missed_for, percentile, ratio_interval
+from benchmarks.peer_servers import missing
 from benchmarks.quality import envelope, ratio_at
 from benchmarks.report import main as report
 
@@ -47,6 +48,18 @@ def test_benchmarks_run(name: str, aims: int, tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     check_result(result)
     assert len(result["aims"]) == aims
+
+
+def test_peers_runs_with_what_is_installed(tmp_path: Path) -> None:
+    out = tmp_path / "peers.json"
+    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    check_result(result)
+    assert len(result["aims"]) == 8 + len(missing())
+    stores = {row["store"] for row in result["rows"] if row["table"] == "peers"}
+    assert {store.partition(",")[0] for store in stores} == {"kvstore", "redis", "lmcache", "mooncake"} - set(missing())
 
 
 def test_a_ratio_is_read_between_the_settings_that_no_other_beats() -> None:
