@@ -9,7 +9,9 @@ import torch
 from kvstore.codecs import decode, encode, named_pipeline
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.paged import (
+    PackedPages,
     Pages,
+    TiledPages,
     check_chunk_tokens,
     derived,
     empty_planes,
@@ -63,12 +65,30 @@ def _packed() -> Pages:
     return packed_pages(layers, probe_orders(cpu_write, layers[0].shape, torch.bfloat16))
 
 
+def _shuffled() -> Pages:
+    """An order without any structure."""
+    layers = [torch.zeros((BLOCKS, HEADS, TOKENS, 2 * DIM), dtype=torch.bfloat16) for _ in range(LAYERS)]
+    places = torch.randperm(TOKENS * 2 * DIM, generator=torch.Generator().manual_seed(1)).reshape(2, TOKENS, DIM)
+    return packed_pages(layers, {"k": places[0], "v": places[1]})
+
+
+def _amx() -> Pages:
+    """The order of processors with matrix units: pairs of dimensions of K, pairs of tokens of V."""
+    token, dim = torch.arange(TOKENS)[:, None], torch.arange(DIM)
+    keys = dim % 2 + 2 * token + 2 * TOKENS * (dim // 2)
+    values = token % 2 + 2 * dim + 2 * DIM * (token // 2) + TOKENS * DIM
+    layers = [torch.zeros((BLOCKS, HEADS, TOKENS, 2 * DIM), dtype=torch.bfloat16) for _ in range(LAYERS)]
+    return packed_pages(layers, {"k": keys, "v": values})
+
+
 PAGES: Mapping[str, Callable[[], Pages]] = {
     **{order: _joined(order) for order in ("LBNHC", "LBHNC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")},
     "NHD": _split((2, BLOCKS, TOKENS, HEADS, DIM)),
     "HND": _split((2, BLOCKS, HEADS, TOKENS, DIM)),
     "blocks first": _split((BLOCKS, 2, TOKENS, HEADS, DIM)),
     "packed": _packed,
+    "shuffled": _shuffled,
+    "matrix units": _amx,
 }
 
 
@@ -142,6 +162,12 @@ def _by_head(keys: torch.Tensor, values: torch.Tensor, layer: torch.Tensor, slot
     keys = keys.clone()
     keys[:, 1] = keys[:, 1].flip(1)
     cpu_write(keys, values, layer, slots)
+
+
+def test_tiles_are_found_where_there_are_some() -> None:
+    assert isinstance(_packed(), TiledPages)
+    assert isinstance(_amx(), TiledPages)
+    assert isinstance(_shuffled(), PackedPages)
 
 
 @pytest.mark.parametrize("write", [_scaled, _half, _by_head])

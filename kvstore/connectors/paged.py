@@ -210,7 +210,90 @@ def packed_pages(layers: Sequence[torch.Tensor], orders: Mapping[str, torch.Tens
     """Pages of `[blocks, heads, block_tokens, 2 * dim]` layers whose elements lie in the given orders."""
     if not all(layer[0].is_contiguous() for layer in layers):
         raise PipelineError("a page with an order of its own must be contiguous")
+    tiles = {name: _tile(order) for name, order in orders.items()}
+    if all(tile is not None for tile in tiles.values()):
+        views = {name: tuple(_tiled(x, tile) for x in layers) for name, tile in tiles.items() if tile is not None}
+        return TiledPages(views)
     return PackedPages(tuple(layer.flatten(2) for layer in layers), orders)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPages:
+    """Pages whose tokens and dimensions lie in tiles, as processors with matrix units want them.
+
+    Args:
+        planes: `[blocks, tokens / a, a, heads, dim / b, b]` views by plane name, one a layer. They are copied about ten
+            times as fast as an order that is looked up element by element.
+    """
+
+    planes: Mapping[str, tuple[torch.Tensor, ...]]
+
+    @property
+    def layers(self) -> int:
+        return len(self._views)
+
+    @property
+    def block_tokens(self) -> int:
+        return self._views[0].shape[1] * self._views[0].shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self._views[0].device
+
+    def read(self, layer: int, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        planes = {}
+        for name, views in self.planes.items():
+            view = views[layer]
+            found = torch.empty((len(blocks), *view.shape[1:]), dtype=view.dtype)
+            for number, block in enumerate(blocks.tolist()):
+                found[number].copy_(view[block])
+            planes[name] = found.reshape(len(blocks) * self.block_tokens, view.shape[3], -1)
+        return planes
+
+    def write(self, layer: int, blocks: torch.Tensor, planes: Planes) -> None:
+        for name, views in self.planes.items():
+            view = views[layer]
+            fresh = planes[name].reshape(len(blocks), *view.shape[1:])
+            for number, block in enumerate(blocks.tolist()):
+                view[block].copy_(fresh[number])
+
+    @property
+    def _views(self) -> tuple[torch.Tensor, ...]:
+        return next(iter(self.planes.values()))
+
+
+_Tile = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Offset of a page's first element, lengths `[tokens / a, a, dim / b, b]`, and their strides."""
+
+
+def _tile(order: torch.Tensor) -> _Tile | None:
+    """The tiles that an order consists of; None where it does not."""
+    lengths: list[int] = []
+    strides: list[int] = []
+    for line in (order[:, 0], order[0]):
+        steps = line.diff().tolist() or [1]
+        inner = next((number + 1 for number, step in enumerate(steps) if step != steps[0]), len(line))
+        if len(line) % inner:
+            return None
+        lengths += [len(line) // inner, inner]
+        strides += [int(line[inner] - line[0]) if inner < len(line) else 0, steps[0]]
+    places = torch.zeros((), dtype=torch.int64)
+    for length, stride in zip(lengths, strides, strict=True):
+        places = places[..., None] + torch.arange(length) * stride
+    offset = int(order[0, 0])
+    if min(strides) < 0 or not torch.equal(places.reshape(order.shape) + offset, order):
+        return None
+    return offset, tuple(lengths), tuple(strides)
+
+
+def _tiled(layer: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    offset, (outer, inner, wide, narrow), strides = tile
+    blocks, heads = layer.shape[:2]
+    return layer.as_strided(
+        (blocks, outer, inner, heads, wide, narrow),
+        (layer.stride(0), strides[0], strides[1], layer.stride(1), strides[2], strides[3]),
+        layer.storage_offset() + offset,
+    )
 
 
 def empty_planes(layout: Layout) -> dict[str, torch.Tensor]:
