@@ -8,4 +8,5 @@ URL=${1:-http://127.0.0.1:8420}
 exec lmcache server --host 127.0.0.1 --port "${LMCACHE_PORT:-6556}" --http-port "${LMCACHE_HTTP_PORT:-9556}" \
     --l1-size-gb 0.5 --eviction-policy LRU --chunk-size "${CHUNK_TOKENS:-256}" --supported-transfer-mode auto \
     --l2-adapter "{\"type\": \"plugin\", \"module_path\": \"kvstore.connectors.lmcache\",
-        \"class_name\": \"KvstoreL2Adapter\", \"adapter_params\": {\"url\": \"$URL\"}}"
+        \"class_name\": \"KvstoreL2Adapter\", \"adapter_params\":
+        {\"url\": \"$URL\", \"lookup_deadline_s\": ${LOOKUP_DEADLINE_S:-0.5}}}"

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,12 +35,19 @@ ENVIRON = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1", "PYTHO
 class Child:
     """A process of an engine, whose output goes to a file; it is stopped by its id."""
 
-    def __init__(self, command: Sequence[str], log: Path, **pipes: Any) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environ: Mapping[str, str] = MappingProxyType({}), **pipes: Any
+    ) -> None:
         self.log = log
-        environ = os.environ | ENVIRON | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        engine = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, stderr=out, env=environ, cwd=log.parent, text=True, **{"stdout": out} | pipes
+                command,
+                stderr=out,
+                env={**os.environ, **ENVIRON, **engine, **environ},
+                cwd=log.parent,
+                text=True,
+                **{"stdout": out} | pipes,
             )
 
     def stop(self) -> None:
@@ -80,28 +88,19 @@ def wait_for(what: Callable[[], Any], child: Child, limit_s: float = 120.0) -> A
 
 
 class LMCacheServer:
-    """`lmcache server` with our L2 adapter."""
+    """`lmcache server` with our L2 adapter, started by the example."""
 
-    def __init__(self, children: list[Child], log: Path, ports: tuple[int, int], **params: Any) -> None:
+    def __init__(self, children: list[Child], log: Path, ports: tuple[int, int], url: str) -> None:
         self.port, self._http_port = ports
-        adapter = {
-            "type": "plugin",
-            "module_path": "kvstore.connectors.lmcache",
-            "class_name": "KvstoreL2Adapter",
-            "adapter_params": params,
+        ours = {
+            "LMCACHE_PORT": str(self.port),
+            "LMCACHE_HTTP_PORT": str(self._http_port),
+            "CHUNK_TOKENS": str(CHUNK_TOKENS),
+            # This machine may be busy with compiling vLLM's kernels.
+            "LOOKUP_DEADLINE_S": "10",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        flags = {
-            "--host": "127.0.0.1",
-            "--port": str(self.port),
-            "--http-port": str(self._http_port),
-            "--l1-size-gb": "0.5",
-            "--eviction-policy": "LRU",
-            "--chunk-size": str(CHUNK_TOKENS),
-            "--supported-transfer-mode": "auto",
-            "--l2-adapter": json.dumps(adapter),
-        }
-        program = str(Path(sys.executable).parent / "lmcache")
-        self.child = Child([program, "server", *(word for flag in flags.items() for word in flag)], log)
+        self.child = Child([str(ROOT / "examples" / "lmcache_server.sh"), url], log, ours)
         children.append(self.child)
         wait_for(lambda: self.ask("/healthcheck"), self.child)
 
@@ -346,7 +345,7 @@ def test_vllm_reads_through_a_fresh_lmcache_what_another_stored(
 ) -> None:
     url = serve().url
     asked = prompts([300, 1000])
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=url, lookup_deadline_s=10)
+    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url)
     engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
     expected = engine.generate(asked)
     assert [one["cached"] for one in expected] == [0, 0]
@@ -355,7 +354,7 @@ def test_vllm_reads_through_a_fresh_lmcache_what_another_stored(
     engine.stop()
     writer.child.stop()
 
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=url, lookup_deadline_s=10)
+    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url)
     engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
     found = engine.generate(asked)
     assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
@@ -371,7 +370,7 @@ def test_vllm_computes_what_a_killed_server_cannot_give(
 ) -> None:
     process = serve()
     asked = prompts([300], seed=1)
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url=process.url, lookup_deadline_s=10)
+    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, process.url)
     engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
     expected = engine.generate(asked)
     wait_for(lambda: writer.adapter().get("stored_chunks", 0) == 300 // CHUNK_TOKENS, writer.child)
@@ -379,7 +378,7 @@ def test_vllm_computes_what_a_killed_server_cannot_give(
     writer.child.stop()
     process.kill()
 
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url=process.url, lookup_deadline_s=10)
+    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, process.url)
     engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
     found = engine.generate(asked)
     assert found[0]["tokens"] == expected[0]["tokens"]
