@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ class Child:
                 env={**os.environ, **ENVIRON, **engine, **environ},
                 cwd=log.parent,
                 text=True,
+                start_new_session=True,
                 **{"stdout": out} | pipes,
             )
 
@@ -55,9 +57,13 @@ class Child:
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(60)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End it with every process that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def text(self) -> str:
         """What it has printed."""
@@ -300,7 +306,7 @@ class Program:
         try:
             out, _ = child.process.communicate(timeout=180)
         finally:
-            child.process.kill()
+            child.kill()
         assert child.process.returncode == 0, child.text()[-3000:]
         return dict(json.loads(out))
 
