@@ -95,7 +95,9 @@ class LinkRoutes:
         """Switch the connection to the protocol of links."""
         tenant = self._tenants.authenticate(request)
         transport = request.transport
-        wanted = request.headers.get(hdrs.UPGRADE, "").lower() == PROTOCOL
+        # A proxy that does not pass upgrades on leaves out `Connection`; what it sends then is still HTTP.
+        asked = {word.strip() for word in request.headers.get(hdrs.CONNECTION, "").lower().split(",")}
+        wanted = "upgrade" in asked and request.headers.get(hdrs.UPGRADE, "").lower() == PROTOCOL
         # Behind TLS the bytes of the socket are not ours to read.
         if not wanted or transport is None or transport.get_extra_info("sslcontext") is not None:
             detail = f"this route only upgrades plain connections to {PROTOCOL}"
