@@ -295,7 +295,7 @@ def test_a_coarser_index_is_a_third_rounded() -> None:
     st.integers(1, 48),
     st.integers(1, 4),
     st.floats(-8, 8),
-    st.floats(1, 1e3),
+    st.floats(1, 1e4),
     st.booleans(),
     st.integers(0, 1 << 30),
 )
@@ -311,7 +311,7 @@ def test_the_class_of_a_row_is_nearly_the_best_there_is(
     found = best_offset(row, 1.0, shape, -60, 60, *how)
     # Narrower classes may say less at level 0 by leaving all to the finer levels, which the cost does not see.
     all_bits = [row_cost(row, 1.0, shape, offset, *how) for offset in range(max(found - 2, -60), 61)]
-    assert row_cost(row, 1.0, shape, found, *how) <= min(all_bits) + 3 + 0.25 * min(all_bits)
+    assert row_cost(row, 1.0, shape, found, *how) <= 1.05 * min(all_bits) + 10
 
 
 def test_an_outlier_where_nothing_was_expected_is_coded_and_not_cut() -> None:

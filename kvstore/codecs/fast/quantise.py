@@ -13,6 +13,8 @@ from kvstore.codecs.ref.nested import CLASS_MIN, COST_MAX
 _ERROR_BITS = 6 / math.log(2)
 # Where clipping costs no more than this, no wider class can gain anything.
 _CLIPPED_BITS = 2.0
+# Share of the energy that makes a value an outlier.
+_OUTLIER = 0.25
 
 
 @jit
@@ -61,31 +63,57 @@ def clipped_bits(x: Array, step: float, classes: Array, offset: int, limits: Arr
 
 
 @jit
-def best_offset(
-    x: Array, step: float, classes: Array, low: int, high: int, costs: Array, limits: Array, finer: float
-) -> int:
-    """The shift of a row's classes, `low` to `high`, that codes it best: downhill from the one that fits its energy."""
-    power, count = 0.0, 0
-    for j in range(len(x)):
-        if classes[j] >= 0:
-            z = x[j] / step * 3.0 ** ((UNIT_CLASS - classes[j]) / CLASSES_PER_LEVEL)
-            power += z * z
-            count += 1
-    guess = 0.0 if count == 0 else 0.5 * CLASSES_PER_LEVEL * math.log(max(power / count, 1e-12)) / math.log(3.0)
-    best = min(max(round(guess), low), high)
-    cost = row_cost(x, step, classes, best, costs, limits, finer)
+def _fitting(power: float, count: int, low: int, high: int) -> int:
+    """The shift that fits so much energy, in units of what the classes expect, of so many values."""
+    shift = 0.0 if count == 0 else 0.5 * CLASSES_PER_LEVEL * math.log(max(power / count, 1e-12)) / math.log(3.0)
+    return min(max(round(shift), low), high)
+
+
+@jit
+def downhill(
+    x: Array, step: float, classes: Array, start: int, low: int, high: int, costs: Array, limits: Array, finer: float
+) -> tuple[int, float]:
+    """The bottom of the valley that a shift lies in, and its cost; see `row_cost`."""
+    best, cost = start, row_cost(x, step, classes, start, costs, limits, finer)
     for direction in (1, -1):
         while low <= best + direction <= high:
             other = row_cost(x, step, classes, best + direction, costs, limits, finer)
             if other > cost or (other == cost and not other > 1e300):
                 break
             best, cost = best + direction, other
+    return best, cost
+
+
+@jit
+def best_offset(
+    x: Array, step: float, classes: Array, low: int, high: int, costs: Array, limits: Array, finer: float
+) -> int:
+    """The shift of a row's classes, `low` to `high`, that codes it best: downhill from the one that fits its energy."""
+    power, peak, count = 0.0, 0.0, 0
+    for j in range(len(x)):
+        if classes[j] >= 0:
+            z = x[j] / step * 3.0 ** ((UNIT_CLASS - classes[j]) / CLASSES_PER_LEVEL)
+            power += z * z
+            peak = max(peak, z * z)
+            count += 1
+    best = _fitting(power, count, low, high)
+    best, cost = downhill(x, step, classes, best, low, high, costs, limits, finer)
+    if count > 1 and peak > _OUTLIER * power:
+        # One value has much of the energy: there is a valley that fits it, and one that fits all others.
+        start = _fitting(max(power - peak, 0.0), count - 1, low, high)
+        other_best, other = downhill(x, step, classes, start, low, high, costs, limits, finer)
+        if other < cost:
+            best, cost = other_best, other
     # An outlier where next to nothing was expected is cut until its class is wide enough, which may be far uphill.
-    widest, before, falls = best, cost, False
-    while widest < high and (falls or clipped_bits(x, step, classes, widest, limits, finer) > _CLIPPED_BITS):
+    # Where the cutting ends the cost may leap once before it falls.
+    widest, before, goes_on, was_clipped = best, cost, False, False
+    while widest < high:
+        clipped = clipped_bits(x, step, classes, widest, limits, finer) > _CLIPPED_BITS
+        if not (goes_on or clipped or was_clipped):
+            break
         widest += 1
         other = row_cost(x, step, classes, widest, costs, limits, finer)
-        falls, before = other < before, other
+        goes_on, before, was_clipped = other < before, other, clipped
         if other < cost:
             best, cost = widest, other
     return best
