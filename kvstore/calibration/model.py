@@ -84,7 +84,7 @@ class Model:
     @property
     def identity(self) -> tuple[str, str]:
         """Name of the model, and SHA-256 over its configuration and weights."""
-        return self._folder.resolve().name, _weights_digest(self._folder)
+        return self._folder.resolve().name, weights_digest(self._folder)
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -147,8 +147,8 @@ class Model:
             name: PlaneSpec(str(plane.dtype).removeprefix("torch."), (plane.shape[0], chunk_tokens, *plane.shape[2:]))
             for name, plane in planes.items()
         }
-        revision = _weights_digest(self._folder)
-        return Layout(self._folder.resolve().name, revision, specs, chunk_tokens, rope=_rope(self._model.config))
+        revision = weights_digest(self._folder)
+        return Layout(self._folder.resolve().name, revision, specs, chunk_tokens, rope=rope_of(self._model.config))
 
 
 def planes_of(cache: DynamicCache) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def cache_of(planes: Mapping[str, torch.Tensor]) -> DynamicCache:
     return cache
 
 
-def _weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """SHA-256 over configuration and weights, so that a fine-tuned copy never shares a cache."""
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
@@ -184,7 +184,7 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _rope(config: Any) -> Rope | None:
+def rope_of(config: Any) -> Rope | None:
     """Rotary embedding as far as the configuration tells it."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:

@@ -30,7 +30,7 @@ def read_layouts(config: Any, cache: Any, options: Options) -> list[Layout]:
         ConfigError: The model keeps something else than K and V of all tokens, or is cut in another way.
     """
     check_servable(config, cache)
-    from kvstore.calibration.model import _rope  # transformers is heavy, and every engine has it
+    from kvstore.calibration.model import rope_of  # transformers is heavy, and every engine has it
 
     group = cache.kv_cache_groups[0]
     spec, layers = group.kv_cache_spec, len(group.layer_names)
@@ -50,7 +50,7 @@ def read_layouts(config: Any, cache: Any, options: Options) -> list[Layout]:
             chunk_tokens=options.chunk_tokens,
             shard_rank=rank,
             shard_size=ranks,
-            rope=_rope(config.model_config.hf_text_config),
+            rope=rope_of(config.model_config.hf_text_config),
         )
         for rank in range(ranks)
     ]
@@ -122,9 +122,9 @@ def _weights(model: Any, options: Options) -> str:
         return options.revision
     folder = Path(model.model)
     if folder.is_dir():
-        from kvstore.calibration.model import _weights_digest
+        from kvstore.calibration.model import weights_digest
 
-        return _weights_digest(folder)
+        return weights_digest(folder)
     if _COMMIT.fullmatch(str(model.revision)):
         return str(model.revision)
     commit = _cached_commit(model)
