@@ -285,6 +285,8 @@ def test_a_head_dimension_that_divides_nothing_is_refused() -> None:
         ({"url": URL, "queue_bytes": "much"}, "queue_bytes"),
         ({"url": URL, "local_memory": 5}, "local_memory"),
         ({"url": URL, "threads": 0}, "threads"),
+        ({"url": URL, "prefill_tokens_per_s": -1}, "prefill_tokens_per_s"),
+        ({"url": URL, "prefill_tokens_per_s": "fast"}, "prefill_tokens_per_s"),
         ({"url": URL, "store_derived": "perhaps"}, "store_derived"),
         ({"url": URL, "revision": 7}, "revision"),
     ],
@@ -297,6 +299,8 @@ def test_a_wrong_option_is_refused_by_its_name(given: dict[str, object], option:
 def test_options_may_be_texts() -> None:
     found = parse_options({"url": URL, "queue_bytes": "1MiB", "threads": "3", "fail_open": "false", "level": "0"}, {})
     assert (found.queue_bytes, found.threads, found.fail_open, found.level) == (1 << 20, 3, False, 0)
+    assert parse_options({"url": URL, "prefill_tokens_per_s": "0"}, {}).prefill_tokens_per_s == 0
+    assert parse_options({"url": URL, "prefill_tokens_per_s": "9e3"}, {}).prefill_tokens_per_s == 9000
 
 
 def test_the_token_may_come_from_the_environment() -> None:
@@ -390,6 +394,34 @@ def test_rows_are_looked_at_up_to_their_first_gap_or_chunk_by_chunk() -> None:
         assert stalled.store.find(rows).result() == [[True, False, False, False, False], [True, False], []]
         found = stalled.store.find(rows, gaps=True).result()
         assert found == [[True, False, False, True, False], [True, False], []]
+
+
+def test_a_fetch_that_is_expected_to_take_longer_than_computing_reports_no_hit() -> None:
+    for tokens_per_s, fetched in [(0.0, True), (1_000.0, True), (1e8, False)]:
+        with Stalled(prefill_tokens_per_s=tokens_per_s) as stalled:
+            chunks = chunks_of(stalled.codec, [numbers(seed=number) for number in range(60)])
+            stalled.store.store(chunks).result()
+            keys = [chunk.key for chunk in chunks]
+            [row] = stalled.store.find([keys], chunk_tokens=stalled.codec.chunk_tokens).result()
+            assert row == [fetched] * 60
+            status = stalled.store.status()
+            assert (status.get("found_chunks", 0), status.get("refused_chunks", 0)) == ((60, 0) if fetched else (0, 60))
+
+
+def test_the_guard_learns_from_a_load_that_came_late() -> None:
+    # 960 tokens in 1.5 MB: 24 ms to compute.
+    with Stalled(prefill_tokens_per_s=40_000.0, deadline_s=0.3) as stalled:
+        chunks = chunks_of(stalled.codec, [numbers(seed=number) for number in range(60)])
+        stalled.store.store(chunks).result()
+
+        def find() -> int:
+            return sum(stalled.store.find([[one.key for one in chunks]], chunk_tokens=16).result()[0])
+
+        assert find() == 60
+        stalled.gate(False)
+        assert not any(stalled.store.load(chunks).result())
+        stalled.gate(True)
+        assert find() == 0
 
 
 def test_closing_sees_stores_through_and_leaves_no_thread() -> None:
@@ -530,7 +562,7 @@ async def test_a_server_that_goes_away_makes_misses_that_are_counted(lmcache: An
         status = adapter.report_status()
         assert not status["is_healthy"]
         assert status["missed_breaker_chunks"] >= 4
-        assert status["errors"] >= 3
+        assert status["unavailable_errors"] >= 3
         adapter.close()
 
     adapter = await asyncio.to_thread(before)

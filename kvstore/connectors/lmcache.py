@@ -109,10 +109,12 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         numbered = list(enumerate(keys))
         rows = [list(row) for _, row in groupby(numbered, key=lambda one: (one[1].kv_rank, one[1].object_group_id))]
         wanted: list[list[tuple[int, ChunkKey]]] = []
+        chunk_tokens = 0
         for row in rows:
             codec = self._codec(row[0][1], group_layout_descs.get(row[0][1].object_group_id))
             if codec is not None:
                 wanted.append([(number, _object_key(codec, key)) for number, key in row])
+                chunk_tokens = max(chunk_tokens, codec.chunk_tokens)
 
         def result(found: list[list[bool]]) -> Any:
             held = Bitmap(len(keys))
@@ -126,7 +128,7 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return self._task(None, lambda _: Bitmap(len(keys)), self._found)
         # Of a group with a sliding window only the last chunks of a prompt may have been stored.
         gaps = len({key.object_group_id for key in keys}) > 1
-        found = self._store.find([[key for _, key in row] for row in wanted], gaps=gaps)
+        found = self._store.find([[key for _, key in row] for row in wanted], chunk_tokens=chunk_tokens, gaps=gaps)
         return self._task(found, result, self._found)
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:

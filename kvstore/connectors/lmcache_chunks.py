@@ -85,11 +85,13 @@ class Codec:
         namespace: Namespace of their keys.
         layout: Their planes, None where they are unknown and chunks are blobs.
         size_bytes: Bytes of a whole chunk.
+        chunk_tokens: Tokens of a whole chunk, 0 where they are unknown.
     """
 
     def __init__(self, shard: Shard, shape: Shape, options: LMCacheOptions) -> None:
         self.size_bytes = sum(_part_bytes(dims, dtype) for dims, dtype in shape.parts)
         self.layout = _layout(shard, shape, options)
+        self.chunk_tokens = 0 if self.layout is None else self.layout.chunk_tokens
         self._shape = shape
         if self.layout is None:
             self.namespace = _blob_namespace(shard, shape, options)

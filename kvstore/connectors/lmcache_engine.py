@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,7 @@ PLUGIN = "kvstore"
 """What the name of the plug-in in `remote_storage_plugins` begins with, up to the first dot."""
 
 Buffers = list[Any]
+Rows = list[list[bool]]
 
 _LOOP_S = 2.0
 """Time that LMCache's event loop gets to begin what it was given."""
@@ -136,7 +138,7 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         await asyncio.wrap_future(self._store.store(chunks))
 
     async def batched_async_contains(self, lookup_id: str, keys: Sequence[Any], pin: bool = False) -> int:
-        return _leading(await asyncio.wrap_future(self._store.find([self._keys(keys)])))
+        return _leading(await asyncio.wrap_future(self._find(keys)))
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: Sequence[Any]) -> Buffers:
         found = await self.batched_get(keys)
@@ -148,7 +150,7 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return True
 
     def batched_contains(self, keys: Sequence[Any]) -> int:
-        return _leading(self._store.find([self._keys(keys)]).result())
+        return _leading(self._find(keys).result())
 
     def remove_sync(self, key: Any) -> bool:
         return self._store.delete(self._keys([key])).result()
@@ -177,6 +179,10 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     def _keys(self, keys: Sequence[Any]) -> Sequence[ChunkKey]:
         return [_engine_key(self._codec(key), key) for key in keys]
+
+    def _find(self, keys: Sequence[Any]) -> "Future[Rows]":
+        tokens = self._codec(keys[0]).chunk_tokens if keys else 0
+        return self._store.find([self._keys(keys)], chunk_tokens=tokens)
 
     def _chunk(self, key: Any, data: memoryview) -> Chunk:
         codec = self._codec(key)

@@ -7,7 +7,7 @@ stores that are open.
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from prometheus_client import REGISTRY
@@ -24,11 +24,13 @@ COUNTERS = {
     "sent_bytes": "Bytes of stored chunks, as they went to the server.",
     "dropped_chunks": "Chunks not stored as the queue was full.",
     "failed_chunks": "Chunks that could not be encoded or stored.",
-    "errors": "Requests that failed.",
+    "refused_chunks": "Chunks that were found, but are expected to take longer to fetch than to compute.",
+    "errors": "Requests that failed, by cause.",
 }
 """Names of the counters, each `kvstore_lmcache_NAME_total`."""
 
-_MISSED = "missed_"
+_LABELLED = {"missed_chunks": ("reason", "missed_", "_chunks"), "errors": ("cause", "", "_errors")}
+"""Those with a label, its name, and what is before and behind its values in the names of counts."""
 
 
 class Counting(Protocol):
@@ -64,19 +66,15 @@ class _Counts(Collector):
 def families(counts: Counter[str]) -> Iterator[Metric]:
     """Counts as Prometheus has them."""
     for name, text in COUNTERS.items():
-        missed = name == "missed_chunks"
-        family = CounterMetricFamily(f"kvstore_lmcache_{name}", text, labels=["reason"] if missed else [])
-        for labels, value in _misses(counts) if missed else [([], counts[name])]:
-            family.add_metric(labels, value)
+        label, before, behind = _LABELLED.get(name, ("", "", ""))
+        family = CounterMetricFamily(f"kvstore_lmcache_{name}", text, labels=[label] if label else [])
+        if label:
+            for found, value in counts.items():
+                if found.startswith(before) and found.endswith(behind):
+                    family.add_metric([found.removeprefix(before).removesuffix(behind)], value)
+        else:
+            family.add_metric([], counts[name])
         yield family
-
-
-def _misses(counts: Counter[str]) -> Iterable[tuple[list[str], int]]:
-    return [
-        ([name.removeprefix(_MISSED).removesuffix("_chunks")], value)
-        for name, value in counts.items()
-        if name.startswith(_MISSED)
-    ]
 
 
 COUNTS = _Counts()

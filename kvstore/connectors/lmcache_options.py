@@ -17,6 +17,8 @@ from kvstore.layout import attention_layout
 
 _LEVEL_MAX = 15
 _THREADS_MAX = 64
+_SHORTEST_S = 1e-6
+_NUMBER_MAX = 1e9
 
 
 class Role(StrEnum):
@@ -62,6 +64,8 @@ class LMCacheOptions:
         flush_timeout_s: Time that stores under way get when LMCache closes.
         queue_bytes: Bytes of chunks that may be on their way to the server; what comes on top is not stored.
         threads: Threads that encode and decode.
+        prefill_tokens_per_s: Tokens that the engine prefills in a second; what is expected to take longer to fetch is
+            not found then. 0 where unknown: everything is fetched.
         fail_open: Run without the store where it cannot be used at start; else LMCache does not start.
     """
 
@@ -81,6 +85,7 @@ class LMCacheOptions:
     flush_timeout_s: float = 5.0
     queue_bytes: int = 512 << 20
     threads: int = 2
+    prefill_tokens_per_s: float = 0.0
     fail_open: bool = True
 
     def __post_init__(self) -> None:
@@ -164,8 +169,10 @@ def _convert(name: str, value: object) -> object:
             return _boolean(value)
         if name in ("local_memory", "queue_bytes"):
             return parse_size(value)
+        if name == "prefill_tokens_per_s":
+            return _number(value, "0 or a positive number of tokens", at_least=0)
         if name.endswith("_s"):
-            return _seconds(value)
+            return _number(value, "a positive number of seconds", at_least=_SHORTEST_S)
         if name in ("head_dim", "threads"):
             return _integer(value)
         if name == "level":
@@ -198,15 +205,15 @@ def _integer(value: object) -> int:
         raise ConfigError(f"{value!r} is not a whole number") from exc
 
 
-def _seconds(value: object) -> float:
+def _number(value: object, what: str, *, at_least: float) -> float:
     if not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        if 0 < number < 1e6:
+        if at_least <= number < _NUMBER_MAX:
             return number
-    raise ConfigError(f"{value!r} must be a positive number of seconds")
+    raise ConfigError(f"{value!r} must be {what}")
 
 
 def _choice(choices: type[StrEnum], value: object) -> StrEnum:

@@ -13,13 +13,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from kvstore.backend import Ack, Backend, Miss, Outcome, Reason
-from kvstore.backends.breaker import Breaker
+from kvstore.backend import Ack, Backend, Copy, Miss, Outcome, Reason
+from kvstore.backends.breaker import Breaker, Permit
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
 from kvstore.connectors.background import Background
+from kvstore.connectors.guard import Guard
 from kvstore.connectors.lmcache_chunks import Chunk
 from kvstore.connectors.lmcache_metrics import COUNTS
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
@@ -53,6 +54,13 @@ def open_backend(options: LMCacheOptions) -> Backend:
     return TieredBackend([HostBackend(options.local_memory_bytes), client])
 
 
+class _Loaded(NamedTuple):
+    """Of a fetched chunk: bytes written to its buffer, 0 for a miss, and bytes that the link was busy with."""
+
+    size_bytes: int
+    moved_bytes: int
+
+
 class ChunkStore:
     """Looks up, loads and stores chunks of LMCache.
 
@@ -70,6 +78,7 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._queued_bytes = 0
         self._breaker = Breaker(failures_max=_FAILURES_MAX, cooldown_max_s=_COOLDOWN_MAX_S)
+        self._guard = Guard(prefill_tokens_per_s=options.prefill_tokens_per_s)
         self._pending: set[Future[Any]] = set()
         self._closing = False
         self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix="kvstore-lmcache-codec")
@@ -84,6 +93,7 @@ class ChunkStore:
         COUNTS.add(self)
 
     async def _open(self, open_with: Callable[[LMCacheOptions], Backend]) -> Backend:
+        self._loop = asyncio.get_running_loop()
         return open_with(self.options)
 
     def _check_server(self) -> None:
@@ -104,15 +114,18 @@ class ChunkStore:
         """Why the server cannot be used and what to do, None where it can."""
         return self._submit(self._probe(), "the connector is closed")
 
-    def find(self, rows: Sequence[Sequence[ChunkKey]], *, gaps: bool = False) -> "Future[list[list[bool]]]":
-        """Which chunks are held.
+    def find(
+        self, rows: Sequence[Sequence[ChunkKey]], *, chunk_tokens: int = 0, gaps: bool = False
+    ) -> "Future[list[list[bool]]]":
+        """Which chunks are held and worth fetching.
 
         Args:
             rows: Keys of the prompt's chunks in order, a row for every shard or object group.
+            chunk_tokens: Tokens of a chunk, 0 where unknown; then every chunk is worth it.
             gaps: Whether a chunk counts even where one before it in its row is missing; otherwise a row is not
                 looked at behind its first gap.
         """
-        return self._submit(self._find(rows, gaps), [[False] * len(row) for row in rows])
+        return self._submit(self._find(rows, chunk_tokens, gaps), [[False] * len(row) for row in rows])
 
     def load(self, chunks: Sequence[Chunk]) -> "Future[list[int]]":
         """Fetch chunks into their buffers: the bytes written to each, 0 where it is a miss."""
@@ -141,7 +154,7 @@ class ChunkStore:
         return self._submit(self._delete(keys), False)
 
     def status(self) -> dict[str, Any]:
-        """Whether the server answers, and what was counted so far."""
+        """Whether the server answers, what is under way (calls of LMCache, tasks in all), and what was counted."""
         with self._lock:
             counts = dict(sorted(self.counts.items()))
             return {
@@ -149,6 +162,8 @@ class ChunkStore:
                 "detail": self._breaker.reason,
                 "url": self.options.url,
                 "queued_bytes": self._queued_bytes,
+                "calls": len(self._pending),
+                "tasks": len(asyncio.all_tasks(self._loop)),
                 **counts,
             }
 
@@ -189,7 +204,7 @@ class ChunkStore:
                 answer = done.result()
             else:
                 # A mistake of ours must not leave LMCache waiting.
-                self._count("errors")
+                self._count("internal_errors")
                 log.error("the LMCache connector failed", exc_info=error)
         self._pending.discard(future)
         future.set_result(answer)
@@ -204,34 +219,50 @@ class ChunkStore:
             return f"url: {self.options.url} does not answer ({exc or 'timeout'}); start it with 'kvstore serve'"
         return None
 
-    async def _find(self, rows: Sequence[Sequence[ChunkKey]], gaps: bool) -> list[list[bool]]:
+    async def _find(self, rows: Sequence[Sequence[ChunkKey]], chunk_tokens: int, gaps: bool) -> list[list[bool]]:
+        nothing = [[False] * len(row) for row in rows]
         if self.options.role is Role.PRODUCER:
-            return [[False] * len(row) for row in rows]
+            return nothing
         deadline = _now() + self.options.lookup_deadline_s
         found = list(await asyncio.gather(*(self._leading(row, deadline) for row in rows)))
         if gaps:
-            for row, held in zip(rows, found, strict=True):
-                rest = range(held.index(False) + 1 if False in held else len(held), len(held))
+            for row, copies in zip(rows, found, strict=True):
+                rest = range(copies.index(None) + 1 if None in copies else len(copies), len(copies))
                 answers = await asyncio.gather(*(self._leading([row[number]], deadline) for number in rest))
                 for number, [answer] in zip(rest, answers, strict=True):
-                    held[number] = answer
-        self._count("found_chunks", sum(map(sum, found)))
-        return found
+                    copies[number] = answer
+        held = [[copy is not None for copy in copies] for copies in found]
+        if not self._worth(found, chunk_tokens):
+            self._count("refused_chunks", sum(map(sum, held)))
+            return nothing
+        self._count("found_chunks", sum(map(sum, held)))
+        return held
 
-    async def _leading(self, keys: Sequence[ChunkKey], deadline: float) -> list[bool]:
+    async def _leading(self, keys: Sequence[ChunkKey], deadline: float) -> list[Copy | None]:
         match = await self._ask(lambda: self._backend.match(keys), deadline)
         if isinstance(match, Miss):
             self._count(f"missed_{match.reason}_chunks", len(keys))
-            return [False] * len(keys)
-        return [number < len(match.held) for number in range(len(keys))]
+            return [None] * len(keys)
+        copies: list[Copy | None] = [held.copy for held in match.held]
+        return copies + [None] * (len(keys) - len(copies))
+
+    def _worth(self, rows: Sequence[Sequence[Copy | None]], chunk_tokens: int) -> bool:
+        """Whether fetching these copies is expected to be faster than computing their tokens, once for all rows."""
+        held = [[copy for copy in row if copy is not None] for row in rows]
+        tokens = max(map(len, held), default=0) * chunk_tokens
+        end = None if self.options.level is None else self.options.level + 1
+        size_bytes = sum(copy.head_bytes + sum(copy.level_bytes[:end]) for row in held for copy in row)
+        return not (self.options.prefill_tokens_per_s and tokens) or self._guard.worth(tokens, size_bytes)
 
     async def _load(self, chunks: Sequence[Chunk]) -> list[int]:
-        deadline = _now() + self.options.deadline_s
-        batches = list(_batches(chunks))
-        loaded = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in batches))
-        return [size_bytes for batch in loaded for size_bytes in batch]
+        started_s = _now()
+        deadline = started_s + self.options.deadline_s
+        batches = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in _batches(chunks)))
+        loaded = [one for batch in batches for one in batch]
+        self._guard.observe_fetch(sum(one.moved_bytes for one in loaded), _now() - started_s)
+        return [one.size_bytes for one in loaded]
 
-    async def _load_batch(self, chunks: Sequence[Chunk], deadline: float) -> list[int]:
+    async def _load_batch(self, chunks: Sequence[Chunk], deadline: float) -> list[_Loaded]:
         keys = [chunk.key for chunk in chunks]
 
         async def get() -> list[Frame | Miss]:
@@ -244,20 +275,19 @@ class ChunkStore:
         # No deadline from here on: what a thread has begun to write it must end before the buffer is given back.
         return await asyncio.gather(*map(self._decode, chunks, answers))
 
-    async def _decode(self, chunk: Chunk, answer: Frame | Miss) -> int:
-        decoded: int | Miss = 0
-        if isinstance(answer, Frame):
-            decoded = await self._in_thread(chunk.codec.decode, chunk.key, answer, chunk.data)
-        else:
-            decoded = answer
+    async def _decode(self, chunk: Chunk, answer: Frame | Miss) -> _Loaded:
+        if isinstance(answer, Miss):
+            self._count(f"missed_{answer.reason}_chunks")
+            # What did not come in time is as many bytes that took this long; what is not there costs nothing.
+            return _Loaded(0, len(chunk.data) if answer.reason is Reason.DEADLINE else 0)
+        decoded = await self._in_thread(chunk.codec.decode, chunk.key, answer, chunk.data)
         if isinstance(decoded, Miss):
             self._count(f"missed_{decoded.reason}_chunks")
-            return 0
-        assert isinstance(answer, Frame)
+            return _Loaded(0, answer.size_bytes)
         self._count("loaded_chunks")
         self._count("loaded_bytes", decoded)
         self._count("received_bytes", answer.size_bytes)
-        return decoded
+        return _Loaded(decoded, answer.size_bytes)
 
     async def _store(self, chunks: Sequence[Chunk]) -> list[Outcome]:
         held = (await self._find_whole(chunks)) if len(chunks) else 0
@@ -311,14 +341,17 @@ class ChunkStore:
             async with asyncio.timeout_at(deadline):
                 answer = await call()
         except TimeoutError:
-            self._failed(permit, "no answer before the deadline")
+            self._failed(permit, "deadline", "no answer before the deadline")
             return Miss(Reason.DEADLINE)
-        except (BackendError, AuthError) as exc:
-            self._failed(permit, str(exc))
+        except AuthError as exc:
+            self._failed(permit, "token", str(exc))
+            return Miss(Reason.BREAKER)
+        except BackendError as exc:
+            self._failed(permit, "unavailable", str(exc))
             return Miss(Reason.BREAKER)
         except KVStoreError as exc:
             self._breaker.unused(permit)
-            self._count("errors")
+            self._count("request_errors")
             log.warning("the server refuses a request: %s", exc)
             return Miss(Reason.IDENTITY)
         except BaseException:
@@ -327,10 +360,10 @@ class ChunkStore:
         self._breaker.succeeded(permit)
         return answer
 
-    def _failed(self, permit: Any, reason: str) -> None:
+    def _failed(self, permit: Permit, cause: str, reason: str) -> None:
         opened = self._breaker.opened
         self._breaker.failed(permit, reason)
-        self._count("errors")
+        self._count(f"{cause}_errors")
         if self._breaker.opened > opened:
             log.warning("the server is left alone for %.0f s: %s", self._breaker.retry_after_s, reason)
 
