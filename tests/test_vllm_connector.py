@@ -414,6 +414,58 @@ def _storm(started: Engine, rng: random.Random, bases: list[list[int]], requests
     started.run()
 
 
+async def test_stored_chunks_are_announced(connector: Any, server: Server) -> None:
+    ids = prompt(33, 20)
+    async with engine(connector, server.url, settings={"events": True}) as first:
+        first.add(Request("a", ids, cache_salt="salt"))
+        request = first.requests["a"]
+        await asyncio.to_thread(first.run)
+        # The engine goes on stepping until the workers have said what became of the chunks.
+        while first.scheduler.has_pending_push_work():
+            await asyncio.to_thread(first.step)
+        hashes = request.block_hashes
+        assert [event.block_hashes for event in first.events] == [hashes[:2], hashes[2:4]]
+        assert [event.parent_block_hash for event in first.events] == [None, hashes[1]]
+        assert [event.token_ids for event in first.events] == [ids[:CHUNK], ids[CHUNK : 2 * CHUNK]]
+        assert [event.extra_keys for event in first.events] == [[("salt",), None], [None, None]]
+        assert {(event.medium, event.block_size) for event in first.events} == {("STORAGE", 4)}
+        assert not first.scheduler._scheduler._events._saving
+    async with engine(connector, server.url) as second:
+        await serve(second, Request("b", ids))
+        assert not second.events, "nobody asked for them"
+
+
+@pytest.mark.usefixtures("plain_http")
+async def test_chunks_that_are_not_stored_are_not_announced(connector: Any, server: Server) -> None:
+    async with (
+        fault_proxy(server.port) as proxy,
+        engine(connector, proxy.url, settings={"events": True}) as only,
+    ):
+        proxy.down = True
+        await serve(only, Request("a", prompt(34, 20)))
+        while only.scheduler.has_pending_push_work():
+            await asyncio.to_thread(only.step)
+        assert not only.events
+
+
+async def test_lost_chunks_are_announced(connector: Any, server: Server) -> None:
+    ids = prompt(35, 400)
+    async with engine(connector, server.url, settings={"blocks": 128}) as first:
+        await serve(first, Request("a", ids))
+    async with (
+        tcp_relay(server.port) as relay,
+        engine(connector, relay.url, settings={"blocks": 128, "events": True}) as second,
+    ):
+        relay.fault, relay.after_bytes = "flip", 30_000
+        request = Request("b", ids)
+        await serve(second, request)
+        removed = [event for event in second.events if not hasattr(event, "token_ids")]
+        [lost] = removed
+        first_block = second.computed_tokens and request.block_hashes.index(lost.block_hashes[0])
+        assert lost.block_hashes == request.block_hashes[first_block : first_block + 2]
+        assert lost.medium == "STORAGE"
+
+
 def test_counters_appear_under_their_names(connector: Any) -> None:
     seen: dict[str, float] = {}
 
@@ -487,6 +539,32 @@ def _runs_without(found: Any) -> None:
     assert found.build_connector_worker_meta() is None
     assert found.request_finished(request, []) == (False, None)
     found.shutdown()
+
+
+@pytest.mark.parametrize("where", ["read_layouts", "WorkerSide", "SchedulerSide", "Client", "probe_orders"])
+async def test_an_error_that_nobody_foresaw_costs_the_cache_only(
+    connector: Any, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    ids = prompt(36, 40)
+    async with engine(connector, server.url) as first:
+        await serve(first, Request("a", ids))
+    monkeypatch.setattr(connector, where, broken)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="nobody foresaw"):
+        await asyncio.to_thread(Engine, connector, {"url": server.url, "fail_open": False})
+    async with engine(connector, server.url) as second:
+        assert "nobody foresaw this" in caplog.text
+        assert "Traceback" in caplog.text
+        # The scheduler's half may have started, and then its loads must end.
+        counts = await serve(second, Request("b", ids))
+        assert second.computed_tokens == 40
+        assert "loaded_tokens" not in counts
+        assert "saved_tokens" not in counts
+    gc.collect()
+    assert threading.active_count() <= before + 8
 
 
 BAD_ENGINES = [

@@ -80,6 +80,7 @@ class Engine:
         role: `kv_both`, `kv_producer` or `kv_consumer`.
         caching: Whether blocks of ended requests are found again.
         exact: Whether blocks must hold exactly what would be computed.
+        events: Whether events about blocks are wanted.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class Engine:
         role: str = "kv_both",
         caching: bool = True,
         exact: bool = True,
+        events: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {"chunk_tokens": 8, "revision": "1", "guard": False}
         self.config = config(role=role, block_tokens=BLOCK, extra=defaults | extra)
+        self.config.kv_events_config = SimpleNamespace(enable_kv_cache_events=events)
         cache = cache_config(layers=LAYERS, block_tokens=BLOCK, heads=HEADS, dim=DIM, blocks=blocks)
         roles = module.KVConnectorBase_V1, module.KVConnectorRole
         self.worker = module.KvstoreConnector(self.config, roles[1].WORKER, cache)
@@ -118,6 +121,7 @@ class Engine:
         self.finished_ids: set[str] = set()
         self.counts: dict[str, int] = {}
         self.computed_tokens = 0
+        self.events: list[Any] = []
 
     def get_block_ids(self, request_id: str) -> tuple[list[int]]:
         """What the engine's cache manager says."""
@@ -168,6 +172,7 @@ class Engine:
                 for name, count in stats.data.items():
                     self.counts[name] = self.counts.get(name, 0) + count
         self._update(output, result)
+        self.events += self.scheduler.take_events()
 
     def run(self, steps: int = 20_000) -> None:
         """Step until every request has ended."""

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -85,9 +85,17 @@ def _class(name: str, base: type) -> type:
     return abc.ABCMeta(name, (base,), abstract)
 
 
+def _event_class(name: str) -> type:
+    """An event with the recorded fields; those without a default must be given."""
+    wanted = RECORD["events"][name]
+    required = [(field_name, Any) for field_name, has_default in wanted if not has_default]
+    optional = [(field_name, Any, None) for field_name, has_default in wanted if has_default]
+    return make_dataclass(name, [*required, *optional])
+
+
 def _modules() -> dict[str, ModuleType]:
     names = ["vllm", "vllm.distributed", f"{_V1}.base", f"{_V1}.metrics", "vllm.v1.metrics.utils", "vllm._custom_ops"]
-    names += ["vllm.v1.attention.backends.cpu_attn"]
+    names += ["vllm.v1.attention.backends.cpu_attn", "vllm.distributed.kv_events", "vllm.v1.core.kv_cache_utils"]
     found: dict[str, ModuleType] = {}
     for name in names:
         parts = name.split(".")
@@ -110,6 +118,11 @@ def _modules() -> dict[str, ModuleType]:
             }
         },
         "vllm._custom_ops": {"cpu_attn_reshape_and_cache": pack},
+        "vllm.distributed.kv_events": {
+            "MEDIUM_STORAGE": "STORAGE",
+            **{name: _event_class(name) for name in ("BlockStored", "BlockRemoved")},
+        },
+        "vllm.v1.core.kv_cache_utils": {"maybe_convert_block_hash": lambda found: found},
         "vllm.v1.attention.backends.cpu_attn": {"_get_attn_isa": lambda *args: "test"},
     }
     for name, attributes in fill.items():
@@ -151,6 +164,7 @@ def config(
         model_config=model,
         parallel_config=parallel,
         speculative_config=None,
+        kv_events_config=None,
     )
     for path, value in changes.items():
         part, _, name = path.partition("__")

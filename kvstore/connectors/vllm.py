@@ -9,6 +9,7 @@ This file translates between the engine's interface and the two halves that do t
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.paged import Pages, packed_pages, probe_orders, strided_pages
+from kvstore.connectors.vllm_bystander import Bystander
+from kvstore.connectors.vllm_events import Change
 from kvstore.connectors.vllm_identity import is_latent, layer_order, read_layouts
 from kvstore.connectors.vllm_options import Options, is_fail_open, read_options
 from kvstore.connectors.vllm_plan import COUNTERS, Counters, Report, Step
@@ -131,18 +134,21 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._counters = Counters()
         self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._worker: WorkerSide | Bystander | None = None
         self._background: Background | None = None
+        self._backend: Backend | None = None
         extra = self._kv_transfer_config.kv_connector_extra_config
         # Tokens that were not loaded are computed; the engine's own default would fail their requests.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         try:
             self._start(vllm_config, role, kv_cache_config, extra)
-        except KVStoreError as exc:
+        except Exception as exc:
             self.shutdown()
             if not is_fail_open(extra):
                 raise
-            log.error("kvstore: %s. The engine runs without it, because fail_open is true.", exc)  # noqa: TRY400
+            _log_open(exc)
+            if role is KVConnectorRole.WORKER:
+                self._worker = Bystander(self._counters)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -185,6 +191,17 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0] if block_ids else [])
 
+    def take_events(self) -> Iterable[Any]:
+        return (
+            []
+            if self._scheduler is None
+            else [_event(one, self._block_tokens) for one in self._scheduler.take_changes()]
+        )
+
+    def has_pending_push_work(self) -> bool:
+        # Only a step brings what workers have stored, so an engine that would rest makes a few more.
+        return self._scheduler is not None and self._scheduler.expects_changes
+
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
             self._scheduler.reset()
@@ -199,11 +216,12 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             group = self._kv_cache_config.kv_cache_groups[0]
             self._layers = {name: number for number, name in enumerate(layer_order(group.layer_names))}
             self._worker.attach(_pages([kv_caches[name] for name in self._layers], group.kv_cache_spec))
-        except KVStoreError as exc:
+        except Exception as exc:
             if not is_fail_open(self._kv_transfer_config.kv_connector_extra_config):
                 raise
-            # Without pages the worker fails every load and saves nothing.
-            log.error("kvstore cannot use this engine's cache: %s. The engine runs without it.", exc)  # noqa: TRY400
+            self.shutdown()
+            _log_open(exc)
+            self._worker = Bystander(self._counters)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -255,19 +273,21 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.close()
         if self._background is not None:
-            with suppress(TimeoutError, KVStoreError):
-                self._background.submit(self._backend.aclose()).result(1.0)
+            if self._backend is not None:
+                with suppress(TimeoutError, KVStoreError):
+                    self._background.submit(self._backend.aclose()).result(1.0)
             self._background.close(1.0)
-        self._scheduler = self._worker = self._background = None
+        self._scheduler = self._worker = self._background = self._backend = None
 
     def _start(self, config: Any, role: KVConnectorRole, cache: Any, extra: dict[str, Any]) -> None:
-        block_tokens = config.cache_config.block_size
+        self._block_tokens = block_tokens = config.cache_config.block_size
+        announces = bool(getattr(config.kv_events_config, "enable_kv_cache_events", False))
         options = read_options(extra, block_tokens=block_tokens)
         check_version(vllm.__version__, options)
         layouts = read_layouts(config, cache, options)
         self._background = Background(f"kvstore-{role.name.lower()}")
         client = Client(options.url, token=options.token, timeout_s=options.deadline_s)
-        self._backend: Backend = client
+        self._backend = client
         if role is KVConnectorRole.WORKER:
             from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -282,9 +302,10 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._background,
                 self._counters,
                 delivers=not self._kv_transfer_config.is_kv_consumer,
+                announces=announces,
             )
             return
-        self._check_server(options, layouts[0])
+        self._check_server(options, client, layouts[0])
         self._scheduler = SchedulerSide(
             options,
             layouts,
@@ -296,16 +317,17 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             blocks_of=lambda request_id: self._kv_cache_manager.get_block_ids(request_id)[0],
             consumes=self._kv_transfer_config.is_kv_consumer,
             produces=self._kv_transfer_config.is_kv_producer,
+            announces=announces,
         )
 
-    def _check_server(self, options: Options, layout: Layout) -> None:
+    def _check_server(self, options: Options, client: Client, layout: Layout) -> None:
         """Ask the server once.
 
         Raises:
             ConfigError: It refuses this engine, or is not there and `fail_open` is false.
         """
         assert self._background is not None
-        asked = self._background.submit(self._backend.match(chunk_keys(layout, [0] * layout.chunk_tokens)))
+        asked = self._background.submit(client.match(chunk_keys(layout, [0] * layout.chunk_tokens)))
         try:
             asked.result(options.match_s)
         except AuthError as exc:
@@ -321,6 +343,38 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata.step
+
+
+def _log_open(exc: Exception) -> None:
+    """Say why the engine runs without kvstore; what nobody foresaw is shown with its traceback."""
+    unforeseen = None if isinstance(exc, KVStoreError) else exc
+    log.error(
+        "kvstore: %s. The engine runs without it, because fail_open is true.",
+        repr(unforeseen) if unforeseen else exc,
+        exc_info=unforeseen,
+    )
+
+
+def _event(change: Change, block_tokens: int) -> Any:
+    """A change as the engine's event; its blocks are in storage, and whoever shares the server finds them there."""
+    from vllm.distributed.kv_events import MEDIUM_STORAGE, BlockRemoved, BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    hashes = [maybe_convert_block_hash(one) for one in change.block_hashes]
+    where = {"medium": MEDIUM_STORAGE, "group_idx": 0, "locality": "REMOTE", "ownership": "kvstore"}
+    if not change.held:
+        return BlockRemoved(block_hashes=hashes, **where)
+    salt: list[Any] = [None if change.salt is None else (change.salt,), *[None] * (len(hashes) - 1)]
+    return BlockStored(
+        block_hashes=hashes,
+        parent_block_hash=None if change.parent_hash is None else maybe_convert_block_hash(change.parent_hash),
+        token_ids=list(change.token_ids),
+        block_size=block_tokens,
+        lora_id=None,
+        lora_name=None,
+        extra_keys=salt,
+        **where,
+    )
 
 
 def check_version(version: str, options: Options) -> None:

@@ -147,16 +147,22 @@ class Loaded:
 
 @dataclass
 class Report:
-    """What the workers tell the scheduler of one step: loads that ended, by request."""
+    """What the workers tell the scheduler of one step.
+
+    Args:
+        loads: Loads that ended, by request.
+        saves: Chunks whose saving ended, and whether the server holds them; empty unless that is announced.
+    """
 
     loads: dict[str, list[Loaded]] = field(default_factory=dict)
+    saves: dict[ChunkKey, bool] = field(default_factory=dict)
 
     def merged(self, other: "Report") -> "Report":
         """Both reports as one."""
         loads = {name: list(found) for name, found in self.loads.items()}
         for name, found in other.loads.items():
             loads.setdefault(name, []).extend(found)
-        return Report(loads)
+        return Report(loads, self.saves | other.saves)
 
 
 def pack_tokens(token_ids: Sequence[int], start: int, end: int) -> bytes:

@@ -15,6 +15,7 @@ from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.paged import KL_UNKNOWN_NATS
+from kvstore.connectors.vllm_events import Change, Events
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens
 from kvstore.connectors.vllm_requests import Found, Tracked, is_keyed, worst
@@ -27,6 +28,9 @@ _REFUSED_MAX = 1 << 14
 _LOSSY_MAX = 1 << 20
 _PAUSE_S = (1.0, 30.0)
 """First and longest pause after a look-up that found no server."""
+
+_LOST = ("absent", "corrupt", "identity")
+"""Reasons for which a load ended because the server does not hold a chunk."""
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class SchedulerSide:
         blocks_of: The engine's block ids of a request.
         consumes: Whether this engine loads.
         produces: Whether it saves.
+        announces: Whether stored and lost chunks are announced.
         clock: Seconds.
     """
 
@@ -61,6 +66,7 @@ class SchedulerSide:
         blocks_of: Callable[[str], Sequence[int]],
         consumes: bool = True,
         produces: bool = True,
+        announces: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -76,6 +82,8 @@ class SchedulerSide:
         self._consumes = consumes
         self._produces = produces
         self._clock = clock
+        events = Events(block_tokens=block_tokens, chunk_tokens=options.chunk_tokens, patience_s=options.deadline_s)
+        self._events = events if announces else None
         self._tracked: dict[str, Tracked] = {}
         self._loads: list[Load] = []
         self._aborted: list[str] = []
@@ -147,7 +155,9 @@ class SchedulerSide:
         return step
 
     def receive(self, report: Report) -> None:
-        """Learn what became of loads, before the engine goes on with their requests."""
+        """Learn what became of loads, before the engine goes on with their requests, and of saves."""
+        if self._events is not None:
+            self._events.ended(report.saves)
         for request_id, results in report.loads.items():
             for result in results:
                 self._guard.observe_fetch(result.size_bytes, result.took_s)
@@ -165,6 +175,15 @@ class SchedulerSide:
             tracked.lookup.cancel()
         if tracked is not None and tracked.loading is not None:
             self._aborted.append(request.request_id)
+
+    def take_changes(self) -> list[Change]:
+        """What is to be announced."""
+        return [] if self._events is None else self._events.take()
+
+    @property
+    def expects_changes(self) -> bool:
+        """Whether chunks are on their way to the server whose arrival is to be announced."""
+        return self._events is not None and self._events.pending(self._clock())
 
     def reset(self) -> None:
         """The engine emptied its own cache: nothing in it is lossy any more."""
@@ -275,7 +294,10 @@ class SchedulerSide:
             return None
         run = self._run(tracked, first, last, self._blocks_of(request_id))
         final = first < request.num_prompt_tokens // self._chunk_tokens <= last
-        return Save(**run, behind=tracked.behind, final=final)
+        save = Save(**run, behind=tracked.behind, final=final)
+        if self._events is not None:
+            self._events.saving(request, save, self._clock())
+        return save
 
     def _settle(self, tracked: Tracked, load: Load) -> None:
         """Settle a load by what its workers reported: what is saved next, and what that stands on."""
@@ -287,6 +309,8 @@ class SchedulerSide:
         tracked.may_load = chunks == load.chunks
         if chunks < load.chunks:
             self._refuse(load, chunks, results)
+            if self._events is not None and any(result.reason in _LOST for result in results):
+                self._events.lost(tracked.request, load, chunks)
         behind = worst(result.behind for result in results)
         if behind is not None and chunks:
             tracked.behind = worst((tracked.behind, behind))

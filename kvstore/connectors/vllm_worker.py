@@ -7,8 +7,8 @@ and sending happen in threads beside it, within a bounded memory.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -82,6 +82,7 @@ class WorkerSide:
         background: Where it is talked to.
         counters: Where to count.
         delivers: Whether a prompt must be stored when its step ends, because another engine goes on with it.
+        announces: Whether the scheduler wants to know which chunks were stored.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class WorkerSide:
         counters: Counters,
         *,
         delivers: bool = False,
+        announces: bool = False,
     ) -> None:
         self._options = options
         self._layout = layout
@@ -102,6 +104,8 @@ class WorkerSide:
         self._background = background
         self._counters = counters
         self._delivers = delivers
+        self._announces = announces
+        self._saved: dict[ChunkKey, bool] = {}
         self._pipeline, self._artefacts = options.codec()
         # A lossy copy is only used where the user chose a lossy pipeline or a level.
         self._exact_only = self._pipeline.lossless and options.level is None
@@ -162,8 +166,10 @@ class WorkerSide:
 
     def take_report(self) -> Report | None:
         """What the scheduler must know."""
-        report, self._report = self._report, Report()
-        return report if report.loads else None
+        with self._ended_lock:
+            saved, self._saved = self._saved, {}
+        report, self._report = Report(self._report.loads, saved), Report()
+        return report if report.loads or report.saves else None
 
     def stage(self, saves: Sequence[Save], layer: int) -> None:
         """Copy one layer of what is saved in this step, if its turn is now; `finish_saves` copies the others."""
@@ -305,6 +311,7 @@ class WorkerSide:
                 key = save.keys[self._rank][number]
                 if time.monotonic() < self._paused_until_s:
                     self._counters.add("save_failures")
+                    self._tell([key], held=False)
                 elif key in self._in_flight:
                     self._counters.add("save_exists")
                 elif self._queue.take(self._layout.chunk_bytes):
@@ -312,6 +319,7 @@ class WorkerSide:
                     self._staged.append(_Staged(save, number, empty_planes(self._layout)))
                 else:
                     self._counters.add("save_dropped")
+                    self._tell([key], held=False)
 
     def _copy(self, staged: _Staged, layer: int) -> None:
         """Copy one layer, if it is the next one."""
@@ -334,7 +342,7 @@ class WorkerSide:
             # Nobody waits for this thread, so whatever happens must be counted here.
             log.exception("%d chunks cannot be encoded", len(jobs))
             self._counters.add("save_failures", len(jobs))
-            self._release(jobs)
+            self._release(jobs, ())
             return
         sent.add_done_callback(lambda done: self._stored(jobs, items, done))
 
@@ -350,27 +358,39 @@ class WorkerSide:
     def _stored(
         self, jobs: Sequence[_Staged], items: Sequence[tuple[ChunkKey, Frame]], done: "Future[list[Stored]]"
     ) -> None:
-        self._release(jobs)
-        error = None if done.cancelled() else done.exception()
-        if done.cancelled() or error is not None:
-            log.warning("%d chunks were not stored: %s", len(jobs), error)
+        held: list[ChunkKey] = []
+        try:
+            for (key, frame), stored in zip(items, done.result(), strict=True):
+                if stored.outcome is Outcome.FAILED:
+                    self._counters.add("save_failures")
+                    continue
+                held.append(key)
+                if stored.outcome in (Outcome.EXISTS, Outcome.OTHER):
+                    self._counters.add("save_exists")
+                else:
+                    self._counters.add("saved_tokens", self._layout.chunk_tokens)
+                    self._counters.add("saved_bytes", frame.size_bytes)
+        except (CancelledError, Exception) as exc:
+            log.warning("%d chunks were not stored: %s", len(jobs), exc)
             self._counters.add("save_failures", len(jobs))
-            if isinstance(error, BackendUnavailableError):
+            if isinstance(exc, BackendUnavailableError):
                 self._paused_until_s = time.monotonic() + _PAUSE_S
-            return
-        for (_, frame), stored in zip(items, done.result(), strict=True):
-            if stored.outcome is Outcome.FAILED:
-                self._counters.add("save_failures")
-            elif stored.outcome in (Outcome.EXISTS, Outcome.OTHER):
-                self._counters.add("save_exists")
-            else:
-                self._counters.add("saved_tokens", self._layout.chunk_tokens)
-                self._counters.add("saved_bytes", frame.size_bytes)
+        finally:
+            self._release(jobs, held)
 
-    def _release(self, jobs: Sequence[_Staged]) -> None:
-        for staged in jobs:
-            self._in_flight.discard(staged.save.keys[self._rank][staged.number])
+    def _release(self, jobs: Sequence[_Staged], held: Collection[ChunkKey]) -> None:
+        """Forget chunks whose saving has ended, and give their memory back."""
+        keys = [staged.save.keys[self._rank][staged.number] for staged in jobs]
+        self._in_flight.difference_update(keys)
+        self._tell(held, held=True)
+        self._tell(set(keys).difference(held), held=False)
         self._queue.give(len(jobs) * self._layout.chunk_bytes)
+
+    def _tell(self, keys: Iterable[ChunkKey], *, held: bool) -> None:
+        """Let the scheduler know which chunks the server holds now."""
+        if self._announces:
+            with self._ended_lock:
+                self._saved.update(dict.fromkeys(keys, held))
 
 
 def _worse(known: Behind | None, found: Behind) -> Behind:

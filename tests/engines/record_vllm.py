@@ -14,6 +14,7 @@ FILE = Path(__file__).parent.parent / "vllm_signatures.json"
 def record() -> dict[str, Any]:
     """Signatures of the classes that the connector derives from, by module and class."""
     import vllm
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
     from vllm.distributed.kv_transfer.kv_connector.v1 import base, metrics
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -32,6 +33,7 @@ def record() -> dict[str, Any]:
         "version": vllm.__version__.split("+")[0],
         "roles": [role.name for role in base.KVConnectorRole],
         "classes": {found.__name__: _methods(found) for found in classes},
+        "events": {found.__name__: _parameters(found) for found in (BlockStored, BlockRemoved)},
         "fields": {found.__name__: sorted(found.__annotations__) for found in read}
         | {"Request": sorted(_request_attributes(Request))},
     }
@@ -53,6 +55,11 @@ def _methods(found: type) -> dict[str, Any]:
             "parameters": parameters,
         }
     return methods
+
+
+def _parameters(found: type) -> list[list[Any]]:
+    """Names of what a class is made of, and whether they have a default."""
+    return [[p.name, p.default is not p.empty] for p in inspect.signature(found).parameters.values()]
 
 
 def _request_attributes(request: Any) -> set[str]:
