@@ -1,6 +1,5 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
-import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -14,13 +13,13 @@ from aiohttp import hdrs
 
 from kvstore.answers import (
     MALFORMED,
-    Answer,
-    load_answer,
     parse_match,
     parse_nothing,
     parse_page,
-    parse_stored,
+    parse_puts,
     problem_of,
+    unpack_match,
+    unpack_puts,
 )
 from kvstore.backend import Ack, Held, Match, Miss, Reason, Stored
 from kvstore.errors import (
@@ -36,7 +35,7 @@ from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from kvstore.link import LinkBody
 from kvstore.links import LinkRefusedError, Links
-from kvstore.questions import Views, bodies, body_of, by_namespace, wait_query
+from kvstore.questions import Views, bodies, body_of, by_namespace, target_of, wait_query
 from kvstore.stream import KEYS_MAX, Fetch
 from kvstore.wire import (
     BATCH_TYPE,
@@ -117,10 +116,11 @@ class Client:
         held: list[Held] = []
         ends_s = time.monotonic() + wait_s
         for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
-            parse = partial(parse_match, len(digests) // DIGEST_BYTES)
+            count = len(digests) // DIGEST_BYTES
             left_s = max(0.0, ends_s - time.monotonic()) if wait_s else 0.0
             query = {"namespace": namespace} | wait_query(left_s)
-            part = await self._post("/v1/match", query, body_of(digests), parse, more_s=left_s)
+            parse, unpack = partial(parse_match, count), partial(unpack_match, count)
+            part = await self._post("/v1/match", query, body_of(digests), parse, unpack, more_s=left_s)
             held += part.held
             if part.miss is not None:
                 return Match(held, part.miss)
@@ -171,17 +171,19 @@ class Client:
         stored: list[Stored] = []
         for frames in bodies(items):
             body = Views(list(batch_views(frames)), BATCH_TYPE)
-            parse = partial(self._parse_puts, len(frames))
-            stored += await self._post("/v1/put", {"ack": ack.name.lower()}, body, parse)
+            parse, unpack = partial(parse_puts, self.name, len(frames)), partial(unpack_puts, self.name, len(frames))
+            stored += await self._post("/v1/put", {"ack": ack.name.lower()}, body, parse, unpack)
         return stored
 
     async def trim(self, keys: Sequence[ChunkKey], *, level: int) -> None:
         for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/trim", {"namespace": namespace, "level": str(level)}, body_of(digests), parse_nothing)
+            query = {"namespace": namespace, "level": str(level)}
+            await self._post("/v1/trim", query, body_of(digests), parse_nothing, parse_nothing)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> None:
         for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
-            await self._post("/v1/delete", {"namespace": namespace}, body_of(digests), parse_nothing)
+            query = {"namespace": namespace}
+            await self._post("/v1/delete", query, body_of(digests), parse_nothing, parse_nothing)
 
     async def scan(self, namespace: bytes | None = None) -> AsyncIterator[tuple[ChunkKey, Held]]:
         if namespace is None:
@@ -204,16 +206,22 @@ class Client:
         path: str,
         query: Mapping[str, str],
         body: Views,
-        parse: Callable[[Answer], T],
+        parse: Callable[[bytes], T],
+        unpack: Callable[[bytes], T],
         *,
         more_s: float = 0.0,
     ) -> T:
+        """A small answer: `unpack`ed where a link brings it, else `parse`d from JSON."""
         # A link that waits would not tell the server that the client has gone.
         if not more_s and (links := self._open_links()):
+            target, size_bytes = target_of(path, query), total_bytes(body.views)
+            asked = links.ask_small(target, body.views, size_bytes, self._timeout_s, _ANSWER_BYTES_MAX)
             try:
-                return await self._ask_on(links, path, query, body, partial(self._read_answer, path, parse))
+                status, answer = await self._on_link(asked)
             except LinkRefusedError:
                 pass
+            else:
+                return self._parse(path, unpack, self._checked(path, status, answer))
         return await self._ask("POST", path, query, body, parse, more_s=more_s)
 
     async def _ask(
@@ -222,48 +230,33 @@ class Client:
         path: str,
         query: Mapping[str, str],
         body: Views | None,
-        parse: Callable[[Answer], T],
+        parse: Callable[[bytes], T],
         *,
         more_s: float = 0.0,
     ) -> T:
-        """A JSON answer, parsed."""
+        """An answer over HTTP, parsed."""
         async with self._request(method, path, query, body, self._timeout_s + more_s) as response:
             return self._parse(path, parse, b"" if response.status == 204 else await _read(response))
 
-    async def _read_answer(self, path: str, parse: Callable[[Answer], T], body: LinkBody) -> T:
-        """A JSON answer on a link, parsed."""
-        return self._parse(path, parse, await body.bound(_ANSWER_BYTES_MAX).rest())
-
-    def _parse(self, path: str, parse: Callable[[Answer], T], text: bytes) -> T:
+    def _parse(self, path: str, parse: Callable[[bytes], T], text: bytes) -> T:
         try:
-            return parse(load_answer(text) if text else {})
+            return parse(text)
         except MALFORMED as exc:
             raise BackendError(self.name, f"{self.url}{path} gave an answer that is none: {exc!r}") from exc
 
-    async def _ask_on(
-        self,
-        links: Links,
-        path: str,
-        query: Mapping[str, str],
-        body: Views,
-        read: Callable[[LinkBody], Awaitable[T]],
-    ) -> T:
-        """What `read` makes of a successful answer on a link; everything else is one of our errors.
+    def _checked(self, path: str, status: int, text: bytes) -> bytes:
+        if status >= 300:
+            raise problem_of(self.name, f"{self.url}{path}", status, text)
+        return text
+
+    async def _on_link(self, asked: Awaitable[T]) -> T:
+        """What was asked on a link; its failures as ours.
 
         Raises:
             LinkRefusedError: Ask over HTTP.
         """
-        target = path.removeprefix("/v1/") + "?" + "&".join([f"{name}={value}" for name, value in query.items()])
-
-        async def read_any(status: int, answer: LinkBody) -> T:
-            if status < 300:
-                return await read(answer)
-            text = await answer.bound(_ANSWER_BYTES_MAX).rest()
-            raise problem_of(self.name, f"{self.url}{path}", status, text)
-
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await links.ask(target, body.views, total_bytes(body.views), read_any)
+            return await asked
         except LinkRefusedError:
             raise
         except TimeoutError as exc:
@@ -274,8 +267,10 @@ class Client:
     async def _get_some(self, query: Mapping[str, str], digests: bytes, keys: Sequence[ChunkKey]) -> list[Frame | Miss]:
         """Verified answers for the first of `keys`, at least one."""
         if links := self._open_links():
+            read = partial(self._read_records, keys)
+            asked = links.ask(target_of("/v1/get", query), [digests], len(digests), self._timeout_s, read)
             try:
-                return await self._ask_on(links, "/v1/get", query, body_of(digests), partial(self._read_records, keys))
+                return await self._on_link(asked)
             except LinkRefusedError:
                 pass
         async with self._request("POST", "/v1/get", query, body_of(digests)) as response:
@@ -288,8 +283,10 @@ class Client:
                 response.close()
         return found
 
-    async def _read_records(self, keys: Sequence[ChunkKey], body: LinkBody) -> list[Frame | Miss]:
+    async def _read_records(self, keys: Sequence[ChunkKey], status: int, body: LinkBody) -> list[Frame | Miss]:
         """The batch that a link brings; what is left of a damaged one goes with the link."""
+        if status >= 300:
+            self._checked("/v1/get", status, await body.bound(_ANSWER_BYTES_MAX).rest())
         found, _ = await self._records(keys, lambda: body.bound(self._batch_bytes_max))
         return found
 
@@ -308,11 +305,6 @@ class Client:
         if not found:
             raise BackendError(self.name, "the server answered a batch without records")
         return found, True
-
-    def _parse_puts(self, frames: int, answer: Answer) -> list[Stored]:
-        if len(answer["stored"]) != frames:
-            raise ValueError(f"{len(answer['stored'])} answers to {frames} frames")
-        return [parse_stored(self.name, result) for result in answer["stored"]]
 
     @asynccontextmanager
     async def _request(

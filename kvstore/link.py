@@ -12,9 +12,11 @@ has a body of parts, each behind its length (8 bytes), and ends with a part of n
 """
 
 import asyncio
+import math
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from kvstore.errors import BodyLengthError, BodySizeError
 
@@ -28,8 +30,8 @@ IN_PARTS = (1 << 64) - 1
 
 _MESSAGE = struct.Struct("<H6xQ")
 _PART = struct.Struct("<Q")
-# A head, a target and a batch of digests arrive in one call; larger buffers are filled without a detour.
-_SCRATCH_BYTES = 64 << 10
+# A head, a target and some digests arrive in one call; larger buffers are filled without a detour.
+_SCRATCH_BYTES = 16 << 10
 # Others want their turn on the event loop.
 _TURN_BYTES = 4 << 20
 _VIEWS_MAX = 64
@@ -42,7 +44,7 @@ class LinkClosedError(ConnectionError):
 class Link:
     """A connected stream socket, for one reader and one writer at a time.
 
-    A call that is cancelled leaves the link in the middle of a message: close it.
+    A call that is cancelled, or that ends with its time, leaves the link in the middle of a message: close it.
 
     Args:
         connected: The socket; the link owns it.
@@ -59,11 +61,14 @@ class Link:
         self._target = memoryview(b"")
         self._enough = 0
         self._got = 0
+        self._turn_bytes = 0
         self._arrived: Callable[[int], None] | None = None
         self._listens = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._unsent: list[memoryview] = []
+        self._ends_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def closed(self) -> bool:
@@ -75,30 +80,58 @@ class Link:
         """Bytes that have arrived and were not asked for yet, as far as is known; to take them never waits."""
         return self._end - self._start
 
-    async def take(self, size_bytes: int) -> bytes:
-        """Exactly that many bytes, at most 64 KiB.
+    def reschedule(self, ends_s: float) -> None:
+        """Let calls that still wait at this time of the loop's clock fail with a `TimeoutError`."""
+        # No timer is moved for it: the one that is set looks here, and sets itself anew where it is too early.
+        self._ends_s = ends_s
+
+    @contextmanager
+    def limited(self, ends_s: float) -> Iterator["Link"]:
+        """Calls in this block fail with a `TimeoutError` when they still wait at this time, unless it is moved."""
+        self._ends_s = ends_s
+        try:
+            yield self
+        finally:
+            self._ends_s = math.inf
+
+    def taken(self, size_bytes: int) -> bytes | None:
+        """Exactly that many bytes, None where they have not arrived yet."""
+        start, end = self._start, self._start + size_bytes
+        if end > self._end:
+            return None
+        self._start = end
+        return bytes(self._scratch[start:end])
+
+    async def take(self, size_bytes: int, *, expected: bool = False) -> bytes:
+        """Exactly that many bytes, at most 16 KiB.
+
+        Args:
+            size_bytes: Number of bytes.
+            expected: Whether they are probably there already.
 
         Raises:
             LinkClosedError: The peer closed the connection before.
+            TimeoutError: They did not come in time.
         """
-        if self._end - self._start < size_bytes:
-            self._scratch[: self._end - self._start] = bytes(self._scratch[self._start : self._end])
-            self._start, self._end = 0, self._end - self._start
-            missing = size_bytes - self._end
-            self._end += await self._receive(self._scratch[self._end :], missing, None)
-        taken = bytes(self._scratch[self._start : self._start + size_bytes])
-        self._start += size_bytes
-        return taken
+        if (taken := self.taken(size_bytes)) is not None:
+            return taken
+        ready = self._end - self._start
+        self._scratch[:ready] = bytes(self._scratch[self._start : self._end])
+        self._start, self._end = 0, ready
+        self._end += await self._receive(self._scratch[ready:], size_bytes - ready, None, expected=expected)
+        self._start = size_bytes
+        return bytes(self._scratch[:size_bytes])
 
     async def fill(self, buffer: memoryview, arrived: Callable[[int], None] | None = None) -> None:
         """Fill a buffer.
 
         Args:
             buffer: What to fill.
-            arrived: Called with the number of bytes whenever some arrive; may refuse them by raising.
+            arrived: Called with the number of bytes whenever some are there, in order; may refuse them by raising.
 
         Raises:
             LinkClosedError: The peer closed the connection before.
+            TimeoutError: They did not come in time.
         """
         ready = min(len(buffer), self._end - self._start)
         if ready:
@@ -106,37 +139,40 @@ class Link:
             self._start += ready
             if arrived is not None:
                 arrived(ready)
-        if ready < len(buffer) and len(buffer) - ready < _SCRATCH_BYTES:
+        missing = len(buffer) - ready
+        if 0 < missing < _SCRATCH_BYTES:
             # What follows a small buffer comes along with it.
-            self._start, self._end = 0, await self._receive(self._scratch, len(buffer) - ready, None)
+            self._start, self._end = 0, await self._receive(self._scratch, missing, None)
             await self.fill(buffer[ready:], arrived)
-        elif ready < len(buffer):
-            await self._receive(buffer[ready:], len(buffer) - ready, arrived)
+        elif missing:
+            await self._receive(buffer[ready:], missing, arrived)
 
-    def send_some(self, views: Iterable[bytes | memoryview]) -> bool:
+    def send_some(self, views: Sequence[bytes | memoryview]) -> bool:
         """Give the socket what it takes at once: whether that is all. Where it is not, `send` goes on with no views.
 
         Raises:
             ConnectionError: The connection is broken.
         """
-        self._unsent[:0] = [memoryview(view) for view in views][::-1]
+        self._unsent[:0] = [memoryview(view) for view in reversed(views)]
         try:
             return self._push()
         except BaseException:
             self._unsent = []
             raise
 
-    async def send(self, views: Iterable[bytes | memoryview]) -> None:
+    async def send(self, views: Sequence[bytes | memoryview]) -> None:
         """Send bytes; the socket has taken all of them when this returns.
 
         Raises:
             ConnectionError: The connection is broken.
+            TimeoutError: The peer did not take them in time.
         """
         if self.send_some(views):
             return
         self._writer = self._loop.create_future()
         self._loop.add_writer(self._socket, self._writable)
         try:
+            self._watch()
             await self._writer
         finally:
             self._writer = None
@@ -152,22 +188,28 @@ class Link:
             self._loop.remove_reader(self._socket)
         if self._writer is not None:
             self._loop.remove_writer(self._socket)
+        if self._timer is not None:
+            self._timer.cancel()
         self._socket.close()
-        for waiting in (self._reader, self._writer):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(LinkClosedError("the connection was closed"))
+        self._fail(LinkClosedError("the connection was closed"))
 
-    async def _receive(self, target: memoryview, enough: int, arrived: Callable[[int], None] | None) -> int:
+    async def _receive(
+        self, target: memoryview, enough: int, arrived: Callable[[int], None] | None, *, expected: bool = True
+    ) -> int:
         """Receive at least `enough` bytes into a buffer: how many there were."""
         assert self._reader is None, "one reader at a time"
         if self.closed:
             raise LinkClosedError("the connection is closed")
         self._target, self._enough, self._got, self._arrived = target, enough, 0, arrived
-        self._reader = self._loop.create_future()
-        if not self._listens:
-            self._loop.add_reader(self._socket, self._readable)
-            self._listens = True
         try:
+            if expected and self._turn_bytes < _TURN_BYTES and self._pull():
+                return self._got
+            self._reader = self._loop.create_future()
+            if not self._listens:
+                self._loop.add_reader(self._socket, self._readable)
+                self._listens = True
+            self._turn_bytes = 0
+            self._watch()
             await self._reader
         finally:
             self._reader, self._arrived, self._target = None, None, memoryview(b"")
@@ -180,26 +222,27 @@ class Link:
             self._loop.remove_reader(self._socket)
             self._listens = False
             return
+        self._turn_bytes = 0
         try:
-            self._pull()
-        except (BlockingIOError, InterruptedError):
-            return
+            if self._pull():
+                self._reader.set_result(None)
         except Exception as exc:
             self._reader.set_exception(exc)
-        else:
-            if self._got >= self._enough:
-                self._reader.set_result(None)
 
-    def _pull(self) -> None:
-        turn_bytes = 0
-        while self._got < self._enough and turn_bytes < _TURN_BYTES:
-            received = self._socket.recv_into(self._target[self._got :])
+    def _pull(self) -> bool:
+        """Take from the socket what is there, as far as it is wanted and others need not wait: whether it is enough."""
+        while self._got < self._enough and self._turn_bytes < _TURN_BYTES:
+            try:
+                received = self._socket.recv_into(self._target[self._got :] if self._got else self._target)
+            except (BlockingIOError, InterruptedError):
+                break
             if not received:
                 raise LinkClosedError("the peer closed the connection")
             self._got += received
-            turn_bytes += received
+            self._turn_bytes += received
             if self._arrived is not None:
                 self._arrived(received)
+        return self._got >= self._enough
 
     def _writable(self) -> None:
         """The socket has room again."""
@@ -231,6 +274,33 @@ class Link:
                 sent -= len(view)
                 self._unsent.pop()
         return not self._unsent
+
+    def _watch(self) -> None:
+        """See to it that whoever begins to wait now does not wait too long."""
+        if self._ends_s == math.inf:
+            return
+        if self._loop.time() >= self._ends_s:
+            raise TimeoutError("the time is over")
+        if self._timer is not None:
+            if self._timer.when() <= self._ends_s:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._ends_s, self._expire)
+
+    def _expire(self) -> None:
+        """The time may be over."""
+        self._timer = None
+        if self._reader is None and self._writer is None:
+            return
+        try:
+            self._watch()
+        except TimeoutError as exc:
+            self._fail(exc)
+
+    def _fail(self, error: Exception) -> None:
+        for waiting in (self._reader, self._writer):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
 
 
 class LinkBody:
@@ -280,7 +350,7 @@ class LinkBody:
             BodySizeError: It goes beyond the limit.
         """
         if self._in_parts and not self._part_bytes:
-            (self._part_bytes,) = _PART.unpack(await self._link.take(_PART.size))
+            (self._part_bytes,) = _PART.unpack(await self._link.take(_PART.size, expected=True))
             # The last part has been read, and nothing of the next message with it.
             self._in_parts = self._part_bytes > 0
             self._check_limit()
@@ -308,7 +378,7 @@ class LinkBody:
             return bytes(buffer)
         if size_bytes > self._part_bytes:
             raise BodyLengthError(f"the body ends after {self.read_bytes + self._part_bytes} bytes")
-        taken = await self._link.take(size_bytes)
+        taken = await self._link.take(size_bytes, expected=True)
         self._note(size_bytes)
         return taken
 

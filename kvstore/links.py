@@ -1,6 +1,7 @@
 """A client's links to one server: opened by upgrading HTTP connections, kept, and used again."""
 
 import asyncio
+import math
 import socket
 import time
 from collections import deque
@@ -8,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from kvstore.errors import BodySizeError
 from kvstore.link import (
     MESSAGE_BYTES,
     PATH,
@@ -47,6 +49,7 @@ class Links:
         self._upgrade = "\r\n".join(lines).encode("utf-8")
         # A link leaves the socket's bytes as they are, so there is none over TLS.
         self._refused_until_s = 0.0 if parts.scheme == "http" else float("inf")
+        self._loop = asyncio.get_running_loop()
         self._room = asyncio.Semaphore(links_max)
         self._idle: deque[Link] = deque()
         self._closed = False
@@ -58,9 +61,10 @@ class Links:
 
     async def ask(
         self,
-        target: str,
+        target: bytes,
         body: Sequence[memoryview | bytes],
         body_bytes: int,
+        timeout_s: float,
         read: Callable[[int, LinkBody], Awaitable[T]],
     ) -> T:
         """Send a request; the link is kept if its answer is read to the end.
@@ -69,24 +73,54 @@ class Links:
             target: Route without `/v1/`, with its query.
             body: Views of the body.
             body_bytes: Bytes of it.
+            timeout_s: Seconds that all of it may take.
             read: Makes of the answer's status and body what is returned.
 
         Raises:
             LinkRefusedError: The server does not upgrade connections.
+            TimeoutError: It takes too long.
             OSError: It cannot be reached, or the connection broke.
         """
-        name = target.encode("ascii")
-        head = pack_message(len(name), body_bytes) + name
-        async with self._room:
-            link, status, answer_bytes = await self._send([head, *body])
+        ends_s = self._loop.time() + timeout_s
+        await self._enter(ends_s)
+        try:
+            link, status, answer_bytes = await self._send(target, body, body_bytes, ends_s)
             answer = LinkBody(link, answer_bytes)
             try:
                 return await read(status, answer)
             finally:
-                if self._closed or answer.open or answer.left_bytes or link.ready_bytes:
-                    link.close()
-                else:
-                    self._idle.append(link)
+                self._leave(link, whole=not answer.open and not answer.left_bytes)
+        finally:
+            self._room.release()
+
+    async def ask_small(
+        self,
+        target: bytes,
+        body: Sequence[memoryview | bytes],
+        body_bytes: int,
+        timeout_s: float,
+        answer_bytes_max: int,
+    ) -> tuple[int, bytes]:
+        """As `ask`, for an answer of at most so many bytes: its status and all of it.
+
+        Raises:
+            BodySizeError: It is larger, or in parts.
+        """
+        ends_s = self._loop.time() + timeout_s
+        await self._enter(ends_s)
+        try:
+            link, status, answer_bytes = await self._send(target, body, body_bytes, ends_s)
+            answer: bytes | None = None
+            try:
+                if answer_bytes > answer_bytes_max:
+                    raise BodySizeError(f"an answer of {answer_bytes} bytes is over the limit of {answer_bytes_max}")
+                if (answer := link.taken(answer_bytes)) is None:
+                    answer = await LinkBody(link, answer_bytes).rest()
+                return status, answer
+            finally:
+                self._leave(link, whole=answer is not None)
+        finally:
+            self._room.release()
 
     def close(self) -> None:
         """Close all links, those that are in use when they are not any more."""
@@ -94,13 +128,34 @@ class Links:
         while self._idle:
             self._idle.pop().close()
 
-    async def _send(self, message: Sequence[memoryview | bytes]) -> tuple[Link, int, int]:
+    async def _enter(self, ends_s: float) -> None:
+        """Take one of the places."""
+        if not self._room.locked():
+            await self._room.acquire()
+            return
+        async with asyncio.timeout_at(ends_s):
+            await self._room.acquire()
+
+    def _leave(self, link: Link, *, whole: bool) -> None:
+        """Keep a link whose answer was read as a whole and nothing else came on it."""
+        link.reschedule(math.inf)
+        if self._closed or not whole or link.ready_bytes:
+            link.close()
+        else:
+            self._idle.append(link)
+
+    async def _send(
+        self, target: bytes, body: Sequence[memoryview | bytes], body_bytes: int, ends_s: float
+    ) -> tuple[Link, int, int]:
         """Send a message: the link, and what the head of the answer says."""
+        message = [pack_message(len(target), body_bytes) + target, *body]
         while True:
             kept = bool(self._idle)
-            link = self._idle.pop() if kept else await self._open()
+            link = self._idle.pop() if kept else await self._open(ends_s)
+            link.reschedule(ends_s)
             try:
-                await link.send(message)
+                if not link.send_some(message):
+                    await link.send(())
                 return link, *unpack_message(await link.take(MESSAGE_BYTES))
             except ConnectionError:
                 link.close()
@@ -111,8 +166,10 @@ class Links:
                 link.close()
                 raise
 
-    async def _open(self) -> Link:
-        link = Link(await self._connect())
+    async def _open(self, ends_s: float) -> Link:
+        async with asyncio.timeout_at(ends_s):
+            link = Link(await self._connect())
+        link.reschedule(ends_s)
         try:
             await link.send([self._upgrade])
             head = await _read_head(link)

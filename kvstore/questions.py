@@ -1,6 +1,6 @@
 """What a client asks with: bodies of requests, cut to what one request may bring."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ class Views(NamedTuple):
 
 def by_namespace(keys: Sequence[ChunkKey], keys_max: int) -> Iterator[tuple[str, bytes]]:
     """Runs of keys of one namespace, in order: the namespace in hexadecimal, and the digests joined."""
+    if len(keys) == 1:
+        yield keys[0][:NAMESPACE_BYTES].hex(), keys[0][NAMESPACE_BYTES:]
+        return
     for namespace, run in groupby(keys, key=lambda key: key[:NAMESPACE_BYTES]):
         digests = b"".join([key[NAMESPACE_BYTES:] for key in run])
         for start in range(0, len(digests), keys_max * DIGEST_BYTES):
@@ -45,6 +48,11 @@ def bodies(items: Iterable[tuple[ChunkKey, Frame]]) -> Iterator[list[Frame]]:
 def wait_query(wait_s: float) -> dict[str, str]:
     """The parameter that says how long a request may wait."""
     return {"wait_ms": str(min(round(wait_s * 1000), WAIT_MS_MAX))} if wait_s else {}
+
+
+def target_of(path: str, query: Mapping[str, str]) -> bytes:
+    """What names a request on a link: the route without `/v1/`, with its query."""
+    return (path.removeprefix("/v1/") + "?" + "&".join([f"{name}={value}" for name, value in query.items()])).encode()
 
 
 def body_of(digests: bytes) -> Views:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.answers import unpack_puts
 from kvstore.backend import Miss, Outcome, Reason
 from kvstore.client import Client
 from kvstore.config import ServerConfig
@@ -243,7 +244,7 @@ async def test_what_is_wrong_is_said_and_the_link_lives_on(
             message("put", batch_bytes(frame_bytes(FRAME))) + message(f"get?namespace={NAMESPACE.hex()}", DIGEST)
         )
         status, stored = await answer_of(reader)
-        assert (status, json.loads(stored)["stored"][0]["outcome"]) == (200, "written")
+        assert (status, [result.outcome for result in unpack_puts("", 1, stored)]) == (200, [Outcome.WRITTEN])
         assert await answer_of(reader) == (200, batch_bytes(frame_bytes(FRAME)))
 
 

@@ -59,7 +59,7 @@ class BatchRoutes:
         wait_s = wait_of(request)
         asked = await self._asked(request)
         await self._waiting.until_held(request, asked.tenant, asked.stored, wait_s)
-        return web.json_response(match_json(await self.backend.match(asked.stored)))
+        return web.json_response(_match_json(await self.backend.match(asked.stored)))
 
     async def get(self, request: web.Request) -> web.StreamResponse:
         """Frames and misses in the order of the keys; fewer than asked for where the answer gets too large."""
@@ -74,7 +74,9 @@ class BatchRoutes:
         tenant = self._tenants.authenticate(request)
         ack = ack_of(request)
         async with self._receiver.batch(request) as frames:
-            return web.json_response(await self.put_json(tenant, frames, ack))
+            return web.json_response(
+                {"stored": [_stored_json(result) for result in await self.store(tenant, frames, ack)]}
+            )
 
     async def trim(self, request: web.Request) -> web.Response:
         """Drop the levels above `?level=`."""
@@ -100,10 +102,9 @@ class BatchRoutes:
         page = nsmallest(SCAN_PAGE, found)
         return web.json_response({"chunks": [_chunk_json(digest, found[digest]) for digest in page]})
 
-    async def put_json(self, tenant: str, frames: list[Frame], ack: Ack) -> dict[str, object]:
-        """Put frames: what the answer says of each."""
-        stored = await self.backend.put([(self._stored_key(tenant, frame), frame) for frame in frames], ack=ack)
-        return {"stored": [_stored_json(result) for result in stored]}
+    async def store(self, tenant: str, frames: list[Frame], ack: Ack) -> list[Stored]:
+        """Put frames under the keys that they have for a tenant."""
+        return await self.backend.put([(self._stored_key(tenant, frame), frame) for frame in frames], ack=ack)
 
     async def records(
         self, keys: list[ChunkKey], stored: list[ChunkKey], level: int | None, part_bytes: int | None = None
@@ -130,8 +131,9 @@ class BatchRoutes:
             if part_bytes is not None:
                 window = max(1, min(_GET_WINDOW, part_bytes * (end - start) // (got_bytes + 1)))
             start = end
-            # What memory answers never waits, and others want their turn.
-            await asyncio.sleep(0)
+            if start < len(keys):
+                # What memory answers never waits, and others want their turn.
+                await asyncio.sleep(0)
 
     async def _asked(self, request: web.Request) -> Asked:
         return await asked_of(request, self._tenants, self._receiver)
@@ -151,8 +153,7 @@ class BatchRoutes:
         return min(len(held) + 1, len(keys))
 
 
-def match_json(found: Match) -> dict[str, object]:
-    """What a match answers."""
+def _match_json(found: Match) -> dict[str, object]:
     held, miss = found
     return {
         "matched": len(held),

@@ -9,10 +9,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from aiohttp import hdrs, web
 from prometheus_client import Counter, Histogram
 
+from kvstore.answers import pack_match, pack_puts
 from kvstore.config import ServerConfig
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.keys import ChunkKey
@@ -31,7 +33,7 @@ from kvstore.link import (
 )
 from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
-from kvstore.server.batch import BatchRoutes, match_json
+from kvstore.server.batch import BatchRoutes
 from kvstore.server.problems import failure, problem
 from kvstore.server.query import ack_of, level_of, namespace_of, with_namespace
 from kvstore.server.receive import SLOWEST_BYTES_PER_S, Receiver
@@ -41,13 +43,30 @@ _PART_BYTES = 4 << 20
 _DISCARD_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    tenant: str
+@dataclass(frozen=True, slots=True, eq=False)
+class _Target:
+    """What a request names: its route without `/v1/`, and the parameters."""
+
     name: str
     query: dict[str, str]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    tenant: str
+    target: _Target
     link: Link
     body: LinkBody
+
+
+# One client asks for the same over and over, with other keys in the body.
+@lru_cache(maxsize=1024)
+def _parse_target(text: bytes) -> _Target:
+    name, _, query = text.decode("ascii", "replace").partition("?")
+    return _Target(name, dict(field.partition("=")[::2] for field in query.split("&")))
+
+
+_namespace_of = lru_cache(maxsize=1024)(namespace_of)
 
 
 class LinkRoutes:
@@ -122,6 +141,10 @@ class LinkRoutes:
             link.close()
         await asyncio.gather(*tasks)
 
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
     async def _serve(self, link: Link, tenant: str) -> None:
         """Answer requests until the client has gone or does not keep to the protocol."""
         try:
@@ -130,12 +153,10 @@ class LinkRoutes:
                 if target_bytes > TARGET_BYTES_MAX or body_bytes == IN_PARTS:
                     return
                 with self._running:
-                    # What has arrived is not waited for, and a deadline costs more than taking it.
-                    async with asyncio.timeout(None if link.ready_bytes >= target_bytes else self._timeout_s):
-                        target = (await link.take(target_bytes)).decode("ascii", "replace")
-                    name, _, query = target.partition("?")
-                    fields = dict(field.partition("=")[::2] for field in query.split("&"))
-                    await self._answer(_Request(tenant, name, fields, link, LinkBody(link, body_bytes)))
+                    if (text := link.taken(target_bytes)) is None:
+                        with link.limited(self._loop.time() + self._timeout_s):
+                            text = await link.take(target_bytes)
+                    await self._answer(_Request(tenant, _parse_target(text), link, LinkBody(link, body_bytes)))
         except (ConnectionError, TimeoutError):
             return
         finally:
@@ -143,14 +164,14 @@ class LinkRoutes:
 
     async def _answer(self, request: _Request) -> None:
         started_s = time.perf_counter()
-        handler = self._handlers.get(request.name)
+        handler = self._handlers.get(request.target.name)
         try:
             status = await (handler or self._unknown)(request)
         except ConnectionError:
             raise
         except Exception as exc:
             status = await self._fail(request, exc)
-        route = "unknown" if handler is None else f"/v1/{request.name}"
+        route = "unknown" if handler is None else f"/v1/{request.target.name}"
         requests, seconds = self._counters(route, status)
         requests.inc()
         seconds.observe(time.perf_counter() - started_s)
@@ -162,7 +183,7 @@ class LinkRoutes:
         return found
 
     async def _fail(self, request: _Request, exc: Exception) -> int:
-        answer = failure(f"{request.name} on a link", exc)
+        answer = failure(f"{request.target.name} on a link", exc)
         fields = json.loads(answer.text or "{}")
         if hdrs.RETRY_AFTER in answer.headers:
             fields["retry_after_s"] = float(answer.headers[hdrs.RETRY_AFTER])
@@ -170,7 +191,7 @@ class LinkRoutes:
         if isinstance(exc, TimeoutError):
             raise LinkClosedError("what else the client sends is not waited for") from exc
         # The client sends to the end before it listens.
-        async with asyncio.timeout(_DISCARD_S):
+        with request.link.limited(self._loop.time() + _DISCARD_S):
             await request.body.discard()
         return answer.status
 
@@ -179,10 +200,10 @@ class LinkRoutes:
 
     async def _match(self, request: _Request) -> int:
         _, stored = await self._keys(request)
-        return await self._send_json(request, match_json(await self._batch.backend.match(stored)))
+        return await self._send(request, 200, pack_match(await self._batch.backend.match(stored)))
 
     async def _get(self, request: _Request) -> int:
-        level = level_of(request)
+        level = level_of(request.target)
         keys, stored = await self._keys(request)
         head, count = pack_message(200, IN_PARTS), 0
         try:
@@ -204,13 +225,13 @@ class LinkRoutes:
         return 200
 
     async def _put(self, request: _Request) -> int:
-        ack = ack_of(request)
-        async with self._receiver.frames(request.body.bound) as frames:
-            answer = await self._batch.put_json(request.tenant, frames, ack)
-        return await self._send_json(request, answer)
+        ack = ack_of(request.target)
+        async with self._receiver.link_batch(request.link, request.body) as frames:
+            stored = await self._batch.store(request.tenant, frames, ack)
+        return await self._send(request, 200, pack_puts(stored))
 
     async def _trim(self, request: _Request) -> int:
-        if (level := level_of(request)) is None:
+        if (level := level_of(request.target)) is None:
             raise RequestError("say which level stays: ?level=")
         _, stored = await self._keys(request)
         await self._batch.backend.trim(stored, level=level)
@@ -223,14 +244,11 @@ class LinkRoutes:
 
     async def _keys(self, request: _Request) -> tuple[list[ChunkKey], list[ChunkKey]]:
         """Keys that the client means, and those under which they are stored."""
-        namespace = namespace_of(request)
-        digests = await self._receiver.link_digests(request.body.bound, request.link.ready_bytes)
+        namespace = _namespace_of(request.target)
+        digests = await self._receiver.link_digests(request.link, request.body)
         keys = with_namespace(namespace, digests)
         scoped = self._tenants.scope(request.tenant, namespace)
         return keys, keys if scoped == namespace else with_namespace(scoped, digests)
-
-    async def _send_json(self, request: _Request, answer: dict[str, object]) -> int:
-        return await self._send(request, 200, json.dumps(answer).encode())
 
     async def _send(self, request: _Request, status: int, body: bytes) -> int:
         await self._send_views(request, [pack_message(status, len(body)) + body], len(body))
@@ -241,7 +259,7 @@ class LinkRoutes:
         if request.link.send_some(views):
             return
         try:
-            async with asyncio.timeout(self._timeout_s + size_bytes / SLOWEST_BYTES_PER_S):
+            with request.link.limited(self._loop.time() + self._timeout_s + size_bytes / SLOWEST_BYTES_PER_S):
                 await request.link.send(())
         except TimeoutError as exc:
             raise LinkClosedError("the client does not take its answer") from exc

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from aiohttp import hdrs, web
 
@@ -19,7 +18,7 @@ from kvstore.errors import (
 )
 from kvstore.frame import Frame, blob_frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey
-from kvstore.link import LinkBody
+from kvstore.link import Link, LinkBody
 from kvstore.metrics import Metrics
 from kvstore.wire import (
     BATCH_TYPE,
@@ -40,10 +39,6 @@ KEYS_MAX = 1 << 16
 FRAMES_MAX = 4096
 """Frames of one put."""
 DIGESTS_BYTES_MAX = KEYS_MAX * DIGEST_BYTES
-
-B = TypeVar("B", bound=Body)
-OpenBody = Callable[[int, Arrived], B]
-"""Starts to read a body of at most so many bytes, each of which is reported as it arrives."""
 
 
 class Receiver:
@@ -68,7 +63,7 @@ class Receiver:
             FrameError: The body is said to be a frame and is not a sound one of this key.
         """
         with self._receipt() as receipt:
-            async with self._reading(_http_body(request), receipt, self.limit_bytes) as reader:
+            async with self._reading(request, receipt, self.limit_bytes) as reader:
                 if request.content_type == FRAME_TYPE:
                     frame = await read_frame(reader, reader.announced_bytes)
                     await reader.end()
@@ -87,22 +82,17 @@ class Receiver:
             BodySizeError: There are more than `FRAMES_MAX`.
         """
         require_type(request, BATCH_TYPE)
-        async with self.frames(_http_body(request)) as frames:
+        with self._receipt() as receipt:
+            async with self._reading(request, receipt, self.limit_bytes) as reader:
+                frames = await _read_frames(reader)
             yield frames
 
     @asynccontextmanager
-    async def frames(self, open_body: OpenBody[Body]) -> AsyncIterator[list[Frame]]:
-        """As `batch`, from wherever the batch comes."""
-        frames: list[Frame] = []
+    async def link_batch(self, link: Link, body: LinkBody) -> AsyncIterator[list[Frame]]:
+        """As `batch`, from a link."""
         with self._receipt() as receipt:
-            async with self._reading(open_body, receipt, self.limit_bytes) as reader:
-                async for record in read_batch(reader):
-                    if isinstance(record, Miss):
-                        raise FrameCorruptError("a put brings frames, not misses")
-                    if len(frames) == FRAMES_MAX:
-                        raise BodySizeError(f"a batch has at most {FRAMES_MAX} frames")
-                    record.verify()
-                    frames.append(record)
+            with self._reading_link(link, body, receipt, self.limit_bytes):
+                frames = await _read_frames(body)
             yield frames
 
     async def digests(self, request: web.Request) -> bytes:
@@ -114,18 +104,18 @@ class Receiver:
         """
         require_type(request, DIGESTS_TYPE)
         with self._receipt() as receipt:
-            async with self._reading(_http_body(request), receipt, DIGESTS_BYTES_MAX) as reader:
+            async with self._reading(request, receipt, DIGESTS_BYTES_MAX) as reader:
                 digests = b"".join([bytes(part) async for part in reader.parts()])
         return check_digests(digests)
 
-    async def link_digests(self, open_body: OpenBody[LinkBody], ready_bytes: int) -> bytes:
-        """As `digests`, from a link on which so many bytes have arrived already."""
-        body = open_body(DIGESTS_BYTES_MAX, self._metrics.received_bytes.inc)
-        if body.left_bytes <= ready_bytes:
+    async def link_digests(self, link: Link, body: LinkBody) -> bytes:
+        """As `digests`, from a link."""
+        if body.left_bytes <= link.ready_bytes:
+            # What has arrived is not waited for, and takes no more memory than the link has.
+            self._metrics.received_bytes.inc(body.left_bytes)
+            return check_digests(await body.bound(DIGESTS_BYTES_MAX).rest())
+        with self._receipt() as receipt, self._reading_link(link, body, receipt, DIGESTS_BYTES_MAX):
             return check_digests(await body.rest())
-        with self._receipt() as receipt:
-            async with self._reading(open_body, receipt, DIGESTS_BYTES_MAX) as body:
-                return check_digests(await body.rest())
 
     @contextmanager
     def _receipt(self) -> Iterator["_Receipt"]:
@@ -137,7 +127,7 @@ class Receiver:
             self._metrics.received_bytes.inc(receipt.size_bytes)
 
     @asynccontextmanager
-    async def _reading(self, open_body: OpenBody[B], receipt: "_Receipt", limit_bytes: int) -> AsyncIterator[B]:
+    async def _reading(self, request: web.Request, receipt: "_Receipt", limit_bytes: int) -> AsyncIterator[BodyReader]:
         """The body of a request, for as long as it is read.
 
         Raises:
@@ -146,7 +136,23 @@ class Receiver:
             BackendBusyError: Too many bytes are in receipt already.
             TimeoutError: It arrives too slowly.
         """
+        if hdrs.CONTENT_ENCODING in request.headers:
+            raise MediaTypeError("send the body without Content-Encoding")
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        async with asyncio.timeout_at(deadline_s) as timeout:
+            arrived = self._counting(receipt, deadline_s, timeout.reschedule)
+            yield BodyReader(request.content, limit_bytes, request.content_length, arrived)
+
+    @contextmanager
+    def _reading_link(self, link: Link, body: LinkBody, receipt: "_Receipt", limit_bytes: int) -> Iterator[None]:
+        """As `_reading`, on a link."""
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        with link.limited(deadline_s):
+            body.bound(limit_bytes, self._counting(receipt, deadline_s, link.reschedule))
+            yield
+
+    def _counting(self, receipt: "_Receipt", deadline_s: float, reschedule: Callable[[float], None]) -> Arrived:
+        """Counts what arrives, and moves the deadline by it."""
 
         def arrived(size_bytes: int) -> None:
             # What counts is what has come: an announcement alone must not keep others from sending.
@@ -154,10 +160,9 @@ class Receiver:
                 raise BackendBusyError("server", f"{self._inflight_bytes} bytes are in receipt; try again")
             receipt.size_bytes += size_bytes
             self._inflight_bytes += size_bytes
-            timeout.reschedule(deadline_s + receipt.size_bytes / SLOWEST_BYTES_PER_S)
+            reschedule(deadline_s + receipt.size_bytes / SLOWEST_BYTES_PER_S)
 
-        async with asyncio.timeout_at(deadline_s) as timeout:
-            yield open_body(limit_bytes, arrived)
+        return arrived
 
 
 @dataclass(slots=True)
@@ -178,13 +183,17 @@ def check_digests(body: bytes) -> bytes:
     return body
 
 
-def _http_body(request: web.Request) -> OpenBody[BodyReader]:
-    def open_body(limit_bytes: int, arrived: Arrived) -> BodyReader:
-        if hdrs.CONTENT_ENCODING in request.headers:
-            raise MediaTypeError("send the body without Content-Encoding")
-        return BodyReader(request.content, limit_bytes, request.content_length, arrived)
-
-    return open_body
+async def _read_frames(body: Body) -> list[Frame]:
+    """The verified frames of a batch."""
+    frames: list[Frame] = []
+    async for record in read_batch(body):
+        if isinstance(record, Miss):
+            raise FrameCorruptError("a put brings frames, not misses")
+        if len(frames) == FRAMES_MAX:
+            raise BodySizeError(f"a batch has at most {FRAMES_MAX} frames")
+        record.verify()
+        frames.append(record)
+    return frames
 
 
 def require_type(request: web.Request, content_type: str) -> None:
