@@ -1,4 +1,4 @@
-"""What the LMCache connector relies on, as LMCache has it: run it with a new version to see what has changed.
+"""What the connectors for LMCache and vLLM's offloading rely on: run it with new versions to see what has changed.
 
 Usage: python -m tests.engines.lmcache_signatures > tests/lmcache_signatures.json
 """
@@ -15,13 +15,24 @@ CLASSES = (
     "lmcache.v1.storage_backend.connector.base_connector:RemoteConnector",
     "lmcache.v1.storage_backend.connector:ConnectorAdapter",
     "lmcache.v1.storage_backend.connector:ConnectorContext",
+    "vllm.v1.kv_offload.tiering.base:SecondaryTierManager",
+    "vllm.v1.kv_offload.tiering.async_lookup:AsyncLookupManager",
 )
 FIELDS = (
     "lmcache.v1.distributed.api:ObjectKey",
     "lmcache.v1.distributed.api:MemoryLayoutDesc",
     "lmcache.v1.memory_management:MemoryObjMetadata",
+    "vllm.v1.kv_offload.tiering.base:TransferJob",
+    "vllm.v1.kv_offload.tiering.base:JobResult",
+    "vllm.v1.kv_offload.config:OffloadingConfig",
+    "vllm.v1.kv_offload.config:OffloadingGroupConfig",
+    "vllm.v1.kv_offload.config:OffloadingCacheConfig",
+    "vllm.v1.kv_offload.config:OffloadingParallelConfig",
 )
-MEMBERS = ("lmcache.v1.memory_management:MemoryFormat",)
+MEMBERS = (
+    "lmcache.v1.memory_management:MemoryFormat",
+    "vllm.v1.kv_offload.base:LookupResult",
+)
 
 
 def record() -> dict[str, Any]:
