@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
+from functools import cache
 
 POOLED_BYTES_MIN = 256 << 10
 """Smaller buffers come from the ordinary heap."""
@@ -60,7 +61,7 @@ class BufferPool:
             self._shrink(class_bytes)
             mapping = _map(class_bytes)
         # Every view keeps this array alive, so its end is the end of the last view.
-        array = (ctypes.c_char * size_bytes).from_buffer(mapping)
+        array = _array_type(class_bytes).from_buffer(mapping)
         number = id(array)
 
         def returned(_: object) -> None:
@@ -69,7 +70,7 @@ class BufferPool:
             self._give(class_bytes, mapping)
 
         self._in_use[number] = weakref.ref(array, returned)
-        return memoryview(array).cast("B")
+        return memoryview(array).cast("B")[:size_bytes]
 
     def _take(self, class_bytes: int) -> mmap.mmap | None:
         try:
@@ -127,6 +128,12 @@ _POOL = BufferPool()
 def allocate(size_bytes: int) -> memoryview:
     """A writable buffer for a payload; its bytes are undefined until they are written."""
     return _POOL.allocate(size_bytes)
+
+
+@cache
+def _array_type(class_bytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """An array type; to make one takes longer than to receive a small buffer, and there are few classes."""
+    return ctypes.c_char * class_bytes
 
 
 def _class_bytes(size_bytes: int) -> int:

@@ -297,7 +297,10 @@ class Client:
         found: list[Frame | Miss] = []
         try:
             async for record in read_batch(open_body()):
-                found.append(_verified(keys[len(found)], record))
+                key = keys[len(found)]
+                if isinstance(record, FrameError) or (isinstance(record, Frame) and record.key != key):
+                    record = Miss(Reason.CORRUPT)
+                found.append(record)
         except (FrameError, RequestError, IndexError) as exc:
             # Where one record ends and the next begins is not known any more, so the rest is lost with it.
             version = isinstance(exc, FrameVersionError)
@@ -348,15 +351,6 @@ class Client:
                 trust_env=False,
             )
         return self._sessions[waits]
-
-
-def _verified(key: ChunkKey, record: Frame | Miss) -> Frame | Miss:
-    if isinstance(record, Frame):
-        try:
-            record.verify(key)
-        except FrameError:
-            return Miss(Reason.CORRUPT)
-    return record
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

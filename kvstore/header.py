@@ -7,7 +7,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -23,6 +24,11 @@ POSITION_MAX = 1 << 40
 DEPTH_MAX = 16
 
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
+_KEYED = re.compile(rb'\{"namespace":"([0-9a-f]{32})","digest":"([0-9a-f]{64})",')
+# A field that is named twice is refused, and an escape may hide its name.
+_KEY_FIELD = re.compile(rb'"(?:namespace|digest)"|\\')
+_SHARED_BYTES_MAX = 4096
+_NO_KEY = ChunkKey(bytes(NAMESPACE_BYTES + DIGEST_BYTES))
 
 StageSpec = Mapping[str, Any]
 """One stage of a pipeline as JSON: `stage` names it, the other fields configure it."""
@@ -103,12 +109,29 @@ def load_header(text: bytes) -> Header:
     Raises:
         FrameCorruptError: The text is no JSON object, or a field is missing, of a wrong type or out of range.
     """
+    keyed = _KEYED.match(text) if len(text) <= _SHARED_BYTES_MAX else None
+    if keyed is not None and _KEY_FIELD.search(text, keyed.end()) is None:
+        key = bytes.fromhex((keyed[1] + keyed[2]).decode("ascii"))
+        return replace(_load_shared(b"{" + text[keyed.end() :]), key=ChunkKey(key))
     fields = _load_json(text)
     if not isinstance(fields, dict):
         raise FrameCorruptError("header is not a JSON object")
+    return _header(_key(fields), fields)
+
+
+# Chunks of one layout differ in their key and little else, and what this takes is what it costs to read a small frame.
+@lru_cache(maxsize=1024)
+def _load_shared(text: bytes) -> Header:
+    """Header from the JSON text of all but its key."""
+    fields = _load_json(text)
+    assert isinstance(fields, dict), "it begins with a brace"
+    return _header(_NO_KEY, fields)
+
+
+def _header(key: ChunkKey, fields: Mapping[str, Any]) -> Header:
     planes = tuple(_list(fields, "planes", 1, LEVELS_MAX, _plane_names))
     header = Header(
-        key=_key(fields),
+        key=key,
         tokens=_integer(fields, "tokens", 1 << 16),
         first_position=_integer(fields, "first_position", POSITION_MAX),
         groups=tuple(_list(fields, "groups", 1, GROUPS_MAX, _layer_count)),

@@ -356,15 +356,25 @@ class LinkBody:
             self._check_limit()
         return not self._part_bytes
 
-    async def fill(self, buffer: memoryview) -> None:
+    async def fill(self, buffer: memoryview, filled: Callable[[int], None] | None = None) -> None:
         """Fill a buffer.
+
+        Args:
+            buffer: What to fill.
+            filled: Called with the number of bytes whenever some more of it are filled.
 
         Raises:
             BodyLengthError: The body, or a part of it, ends before the buffer is full.
         """
         if len(buffer) > self._part_bytes:
             raise BodyLengthError(f"the body ends after {self.read_bytes + self._part_bytes} bytes")
-        await self._link.fill(buffer, self._note)
+
+        def arrived(size_bytes: int) -> None:
+            self._note(size_bytes)
+            if filled is not None:
+                filled(size_bytes)
+
+        await self._link.fill(buffer, arrived)
 
     async def take(self, size_bytes: int) -> bytes:
         """Exactly that many bytes; the caller has bounded the number.

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from aiohttp import StreamReader, payload
 from aiohttp.abc import AbstractStreamWriter
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from kvstore.backend import Miss, Reason
 from kvstore.buffers import allocate
@@ -20,6 +21,7 @@ from kvstore.frame import (
     Frame,
     Head,
     head_bytes,
+    key_seed,
     padded_bytes,
     parse_head,
 )
@@ -56,13 +58,17 @@ class Body(Protocol):
         """Whether the body has ended."""
         ...
 
-    async def fill(self, buffer: memoryview) -> None:
-        """Fill a buffer, or raise `BodyLengthError`."""
+    async def fill(self, buffer: memoryview, filled: Arrived | None = None) -> None:
+        """Fill a buffer, telling `filled` of more and more bytes of it, or raise `BodyLengthError`."""
         ...
 
     async def take(self, size_bytes: int) -> bytes:
         """Exactly that many bytes, or `BodyLengthError`; the caller has bounded the number."""
         ...
+
+
+class DamagedFrameError(FrameCorruptError):
+    """A segment of a frame that was read to its end does not match its checksum."""
 
 
 class BodyReader:
@@ -104,8 +110,12 @@ class BodyReader:
         """Whether the body has ended."""
         return not self._rest and not await self._refill()
 
-    async def fill(self, buffer: memoryview) -> None:
+    async def fill(self, buffer: memoryview, filled: Arrived | None = None) -> None:
         """Fill a buffer.
+
+        Args:
+            buffer: What to fill.
+            filled: Called with the number of bytes whenever some more of it are filled.
 
         Raises:
             BodyLengthError: The body ends before the buffer is full.
@@ -120,6 +130,8 @@ class BodyReader:
             self.read_bytes += len(part)
             start += len(part)
             self._check_limit()
+            if filled is not None:
+                filled(len(part))
 
     async def take(self, size_bytes: int) -> bytes:
         """Exactly that many bytes; the caller has bounded the number.
@@ -168,7 +180,7 @@ class BodyReader:
 
 
 async def read_frame(body: Body, size_bytes: int | None) -> Frame:
-    """Read one frame: its head first, then one buffer for each level that is there; not yet verified.
+    """Read one frame: its head first, then one buffer for each level that is there; verified as it arrives.
 
     Args:
         body: Where it comes from.
@@ -176,19 +188,25 @@ async def read_frame(body: Body, size_bytes: int | None) -> Frame:
 
     Raises:
         FrameError: The head is damaged, or the length is not the end of a level.
+        DamagedFrameError: It has been read to its end, and a segment does not match its checksum.
         BodySizeError: The frame is larger than the body may be.
         BodyLengthError: The body ends early.
     """
     head = await _read_head(body, size_bytes)
+    checking = _Checking(head)
     if size_bytes is not None:
         levels = head.held_levels(size_bytes - len(head.raw))
-        return Frame(head, tuple([await _read_level(body, size) for size in head.level_bytes[:levels]]))
-    payload_views = [await _read_level(body, head.level_bytes[0])]
-    for level_bytes in head.level_bytes[1:]:
-        if await body.at_end():
-            break
-        payload_views.append(await _read_level(body, level_bytes))
-    return Frame(head, tuple(payload_views))
+        frame = Frame(head, tuple([await _read_level(body, size, checking) for size in head.level_bytes[:levels]]))
+    else:
+        payload_views = [await _read_level(body, head.level_bytes[0], checking)]
+        for level_bytes in head.level_bytes[1:]:
+            if await body.at_end():
+                break
+            payload_views.append(await _read_level(body, level_bytes, checking))
+        frame = Frame(head, tuple(payload_views))
+    if not checking.sound:
+        raise DamagedFrameError("a segment does not match its checksum")
+    return frame
 
 
 async def read_blob(body: BodyReader) -> tuple[memoryview, int]:
@@ -211,8 +229,8 @@ async def read_blob(body: BodyReader) -> tuple[memoryview, int]:
     return memoryview(grown), length
 
 
-async def read_batch(body: Body) -> AsyncIterator[Frame | Miss]:
-    """Read a batch: frames, not yet verified, and misses, each as soon as it is complete.
+async def read_batch(body: Body) -> AsyncIterator[Frame | Miss | DamagedFrameError]:
+    """Read a batch: verified frames, misses, and what is wrong with a damaged one, each as soon as it is complete.
 
     Raises:
         FrameError: A record or a frame in it is damaged.
@@ -222,7 +240,11 @@ async def read_batch(body: Body) -> AsyncIterator[Frame | Miss]:
     while not await body.at_end():
         kind, size_bytes = _RECORD.unpack(await body.take(RECORD_BYTES))
         if kind == _KIND_FRAME:
-            yield await read_frame(body, size_bytes)
+            try:
+                yield await read_frame(body, size_bytes)
+            except DamagedFrameError as exc:
+                # Where the next record begins is known.
+                yield exc
         elif kind == _KIND_MISS and size_bytes <= _MISS_BYTES_MAX:
             yield parse_miss(await body.take(size_bytes))
         else:
@@ -281,10 +303,48 @@ async def _read_head(body: Body, size_bytes: int | None) -> Head:
     return head
 
 
-async def _read_level(body: Body, size_bytes: int) -> memoryview:
+async def _read_level(body: Body, size_bytes: int, checking: "_Checking") -> memoryview:
     buffer = allocate(size_bytes)
-    await body.fill(buffer)
+    await body.fill(buffer, checking.begin(buffer))
     return buffer
+
+
+class _Checking:
+    """Compares segments with their checksums while they arrive, while the peer sends what follows.
+
+    Args:
+        head: Head of the frame.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._seed = key_seed(head.header.key)
+        # No byte ever arrives of the empty ones.
+        self._table = iter([segment for segment in head.segments if segment.length])
+        self.sound = all(xxh3_64_intdigest(b"", self._seed) == checksum for _, n, checksum in head.segments if not n)
+        self._level = memoryview(b"")
+        self._start_bytes = 0
+        self._filled = self._hashed = self._end = 0
+
+    def begin(self, level: memoryview) -> Arrived:
+        """Start on the next level; call what is returned with the number of bytes whenever some more are there."""
+        self._start_bytes += len(self._level)
+        self._level = level
+        self._filled = self._hashed = self._end = 0
+        return self._note
+
+    def _note(self, size_bytes: int) -> None:
+        self._filled += size_bytes
+        while self._hashed < self._filled:
+            if self._hashed == self._end:
+                self._segment = next(self._table)
+                self._end += padded_bytes(self._segment.length)
+                self._digest = xxh3_64(seed=self._seed)
+            end = min(self._end, self._filled)
+            self._digest.update(self._level[self._hashed : end])
+            self._hashed = end
+            if end == self._end:
+                padding = self._level[self._segment.offset - self._start_bytes + self._segment.length : end]
+                self.sound &= self._digest.intdigest() == self._segment.checksum and not any(padding)
 
 
 def parse_miss(text: bytes) -> Miss:

@@ -14,6 +14,7 @@ from kvstore.errors import (
     BodySizeError,
     FrameCorruptError,
     KeyFormatError,
+    LayoutMismatchError,
     MediaTypeError,
 )
 from kvstore.frame import Frame, blob_frame
@@ -27,6 +28,7 @@ from kvstore.wire import (
     Arrived,
     Body,
     BodyReader,
+    DamagedFrameError,
     read_batch,
     read_blob,
     read_frame,
@@ -69,7 +71,8 @@ class Receiver:
                     await reader.end()
                 else:
                     frame = blob_frame(key, *await read_blob(reader))
-            frame.verify(key)
+            if frame.key != key:
+                raise LayoutMismatchError("the frame's header names another key")
             yield frame
 
     @asynccontextmanager
@@ -189,9 +192,10 @@ async def _read_frames(body: Body) -> list[Frame]:
     async for record in read_batch(body):
         if isinstance(record, Miss):
             raise FrameCorruptError("a put brings frames, not misses")
+        if isinstance(record, DamagedFrameError):
+            raise record
         if len(frames) == FRAMES_MAX:
             raise BodySizeError(f"a batch has at most {FRAMES_MAX} frames")
-        record.verify()
         frames.append(record)
     return frames
 
