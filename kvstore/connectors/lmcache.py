@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
@@ -29,6 +29,7 @@ from kvstore.backend import Outcome
 from kvstore.connectors.lmcache_buffers import bytes_of, check_version, parts_of
 from kvstore.connectors.lmcache_chunks import Chunk, Codec, Codecs, Shape, Shard
 from kvstore.connectors.lmcache_engine import KvstoreConnectorAdapter, KvstoreRemoteConnector
+from kvstore.connectors.lmcache_metrics import COUNTS
 from kvstore.connectors.lmcache_options import fails_open, parse_options
 from kvstore.connectors.lmcache_store import ChunkStore
 from kvstore.errors import KVStoreError, PipelineError
@@ -64,6 +65,7 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             self._codecs = Codecs(options)
             self._single_plane = options.single_plane
             self._store = ChunkStore(options)
+            COUNTS.add(self._store)
         except KVStoreError as exc:
             if not fails_open(params):
                 raise
@@ -106,20 +108,12 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def submit_lookup_and_lock_task(self, keys: Sequence[Any], group_layout_descs: Mapping[int, Any]) -> int:
         # Nothing is locked: a chunk that is evicted before it is loaded is a miss then.
-        numbered = list(enumerate(keys))
-        rows = [list(row) for _, row in groupby(numbered, key=lambda one: (one[1].kv_rank, one[1].object_group_id))]
-        wanted: list[list[tuple[int, ChunkKey]]] = []
-        chunk_tokens = 0
-        for row in rows:
-            codec = self._codec(row[0][1], group_layout_descs.get(row[0][1].object_group_id))
-            if codec is not None:
-                wanted.append([(number, _object_key(codec, key)) for number, key in row])
-                chunk_tokens = max(chunk_tokens, codec.chunk_tokens)
+        rows = self._rows(keys, group_layout_descs)
 
         def result(found: list[list[bool]]) -> Any:
             held = Bitmap(len(keys))
-            for row, answers in zip(wanted, found, strict=True):
-                for (number, _), answer in zip(row, answers, strict=True):
+            for row, answers in zip(rows, found, strict=True):
+                for number, answer in zip(row.numbers, answers, strict=True):
                     if answer:
                         held.set(number)
             return held
@@ -128,7 +122,8 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return self._task(None, lambda _: Bitmap(len(keys)), self._found)
         # Of a group with a sliding window only the last chunks of a prompt may have been stored.
         gaps = len({key.object_group_id for key in keys}) > 1
-        found = self._store.find([[key for _, key in row] for row in wanted], chunk_tokens=chunk_tokens, gaps=gaps)
+        chunk_tokens = max((row.codec.chunk_tokens for row in rows), default=0)
+        found = self._store.find([row.keys for row in rows], chunk_tokens=chunk_tokens, gaps=gaps)
         return self._task(found, result, self._found)
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:
@@ -180,6 +175,7 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             self._closed = True
         if self._store is not None:
             self._store.close()
+            COUNTS.remove(self._store)
         for results in (self._stored, self._found, self._loaded):
             results.close()
 
@@ -193,6 +189,16 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         else:
             future.add_done_callback(lambda done: results.put(task, result(done.result())))
         return task
+
+    def _rows(self, keys: Sequence[Any], described: Mapping[int, Any]) -> "list[_Row]":
+        """Keys by shard and group, without those of groups that LMCache does not describe."""
+        rows = []
+        for (_, group), found in groupby(enumerate(keys), key=lambda one: (one[1].kv_rank, one[1].object_group_id)):
+            numbers = [number for number, _ in found]
+            codec = self._codec(keys[numbers[0]], described.get(group))
+            if codec is not None:
+                rows.append(_Row(codec, numbers, [_object_key(codec, keys[number]) for number in numbers]))
+        return rows
 
     def _chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> list[Chunk]:
         chunks = []
@@ -217,6 +223,14 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def _known(self, key: Any) -> Codec | None:
         return self._seen.get((key.model_name, key.kv_rank, key.object_group_id))
+
+
+class _Row(NamedTuple):
+    """Chunks of one shard and group: their numbers among all that LMCache asks for, and their keys."""
+
+    codec: Codec
+    numbers: list[int]
+    keys: list[ChunkKey]
 
 
 class _Results:

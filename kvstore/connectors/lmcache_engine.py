@@ -13,6 +13,7 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
 from kvstore.connectors.lmcache_buffers import bytes_of, check_version, name_of
 from kvstore.connectors.lmcache_chunks import Chunk, Codec, Codecs, Shape, Shard
+from kvstore.connectors.lmcache_metrics import COUNTS
 from kvstore.connectors.lmcache_options import LMCacheOptions, SinglePlane, fails_open, parse_options
 from kvstore.connectors.lmcache_store import ChunkStore
 from kvstore.errors import ConfigError, KVStoreError, PipelineError
@@ -84,6 +85,7 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         except PipelineError as exc:
             raise ConfigError(str(exc)) from exc
         self._store = ChunkStore(options)
+        COUNTS.add(self._store)
         self._loop = context.loop
         # LMCache frees its buffers before it closes what reads them.
         _before(self._memory, "close", self._flush)
@@ -106,7 +108,7 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return []
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._store.close)
+        await asyncio.to_thread(self._close)
 
     # No ping: LMCache's health monitor would switch its local cache off too while the server is away.
 
@@ -159,7 +161,11 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         """Take over the puts that wait on LMCache's event loop, and see them through."""
         with suppress(RuntimeError, TimeoutError):
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(_LOOP_S)
+        self._close()
+
+    def _close(self) -> None:
         self._store.close()
+        COUNTS.remove(self._store)
 
     def _full_shape(self, options: LMCacheOptions) -> Shape:
         """What a whole chunk is."""

@@ -1,8 +1,8 @@
-"""What both faces of the LMCache connector do with a server: look up, load and store chunks, on a thread of their own.
+"""What the faces of the LMCache connector do with a server: look up, load and store chunks, on a thread of their own.
 
-LMCache's threads and event loops only hand work over and get a future. The event loop here owns the client; chunks are
-encoded and decoded in a few more threads, straight from and into LMCache's buffers. A buffer is never touched once its
-future is done. Failures are misses and are counted; none reaches LMCache as an exception.
+The engine's threads and event loops only hand work over and get a future. The event loop here owns the client; chunks
+are encoded and decoded in a few more threads, straight from and into the engine's buffers. A buffer is never touched
+once its future is done. Failures are misses and are counted; none reaches the engine as an exception.
 """
 
 import asyncio
@@ -19,10 +19,9 @@ from kvstore.backend import Ack, Backend, Copy, Miss, Outcome, Reason
 from kvstore.backends.breaker import Breaker, Permit
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
-from kvstore.connectors.background import Background
+from kvstore.connectors.background import Background, BoundedBytes
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.lmcache_chunks import Chunk
-from kvstore.connectors.lmcache_metrics import COUNTS
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
 from kvstore.errors import AuthError, BackendError, ConfigError, KVStoreError
 from kvstore.frame import Frame
@@ -62,7 +61,7 @@ class _Loaded(NamedTuple):
 
 
 class ChunkStore:
-    """Looks up, loads and stores chunks of LMCache.
+    """Looks up, loads and stores chunks for an engine.
 
     Args:
         options: The connector's options.
@@ -76,13 +75,13 @@ class ChunkStore:
         self.options = options
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._queued_bytes = 0
+        self._queued = BoundedBytes(options.queue_bytes)
         self._breaker = Breaker(failures_max=_FAILURES_MAX, cooldown_max_s=_COOLDOWN_MAX_S)
         self._guard = Guard(prefill_tokens_per_s=options.prefill_tokens_per_s)
         self._pending: set[Future[Any]] = set()
         self._closing = False
-        self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix="kvstore-lmcache-codec")
-        self._background = Background("kvstore-lmcache")
+        self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix="kvstore-chunks-codec")
+        self._background = Background("kvstore-chunks")
         self._gate = asyncio.Semaphore(_CONCURRENCY)
         try:
             self._backend = self._background.submit(self._open(open_with)).result()
@@ -90,7 +89,6 @@ class ChunkStore:
         except BaseException:
             self.close()
             raise
-        COUNTS.add(self)
 
     async def _open(self, open_with: Callable[[LMCacheOptions], Backend]) -> Backend:
         self._loop = asyncio.get_running_loop()
@@ -106,9 +104,9 @@ class ChunkStore:
     @staticmethod
     def _tell(problem: str | None) -> None:
         if problem is not None:
-            log.error("LMCache runs without kvstore until this is mended: %s", problem)
+            log.error("the engine runs without kvstore until this is mended: %s", problem)
 
-    # What LMCache's threads call.
+    # What the engine's threads call.
 
     def probe(self) -> "Future[str | None]":
         """Why the server cannot be used and what to do, None where it can."""
@@ -137,16 +135,11 @@ class ChunkStore:
         refused = [Outcome.FAILED] * len(chunks)
         if self.options.role is Role.CONSUMER:
             return _done(refused)
-        with self._lock:
-            full = self._queued_bytes and self._queued_bytes + size_bytes > self.options.queue_bytes
-            if full:
-                self.counts["dropped_chunks"] += len(chunks)
-            else:
-                self._queued_bytes += size_bytes
-        if full:
+        if not self._queued.take(size_bytes):
+            self._count("dropped_chunks", len(chunks))
             return _done(refused)
         future = self._submit(self._store(chunks), refused)
-        future.add_done_callback(lambda _: self._dequeue(size_bytes))
+        future.add_done_callback(lambda _: self._queued.give(size_bytes))
         return future
 
     def delete(self, keys: Sequence[ChunkKey]) -> "Future[bool]":
@@ -154,14 +147,14 @@ class ChunkStore:
         return self._submit(self._delete(keys), False)
 
     def status(self) -> dict[str, Any]:
-        """Whether the server answers, what is under way (calls of LMCache, tasks in all), and what was counted."""
+        """Whether the server answers, what is under way (calls of the engine, tasks in all), and what was counted."""
         with self._lock:
             counts = dict(sorted(self.counts.items()))
             return {
                 "is_healthy": self._breaker.closed and not self._closing,
                 "detail": self._breaker.reason,
                 "url": self.options.url,
-                "queued_bytes": self._queued_bytes,
+                "queued_bytes": self._queued.used_bytes,
                 "calls": len(self._pending),
                 "tasks": len(asyncio.all_tasks(self._loop)),
                 **counts,
@@ -175,7 +168,6 @@ class ChunkStore:
             self._closing = True
             pending = set(self._pending)
         wait(pending, self.options.flush_timeout_s)
-        COUNTS.remove(self)
         if hasattr(self, "_backend"):
             self._background.submit(self._close_backend()).result()
         self._background.close(_CLOSE_S)
@@ -203,9 +195,9 @@ class ChunkStore:
             if (error := done.exception()) is None:
                 answer = done.result()
             else:
-                # A mistake of ours must not leave LMCache waiting.
+                # A mistake of ours must not leave the engine waiting.
                 self._count("internal_errors")
-                log.error("the LMCache connector failed", exc_info=error)
+                log.error("the connector failed", exc_info=error)
         self._pending.discard(future)
         future.set_result(answer)
 
@@ -379,10 +371,6 @@ class ChunkStore:
     async def _close_backend(self) -> None:
         with contextlib.suppress(KVStoreError, OSError):
             await self._backend.aclose()
-
-    def _dequeue(self, size_bytes: int) -> None:
-        with self._lock:
-            self._queued_bytes -= size_bytes
 
     def _count(self, name: str, amount: int = 1) -> None:
         if amount:
