@@ -116,15 +116,17 @@ class Client:
         held: list[Held] = []
         ends_s = time.monotonic() + wait_s
         for namespace, digests in by_namespace(keys, MATCH_KEYS_MAX):
-            count = len(digests) // DIGEST_BYTES
-            left_s = max(0.0, ends_s - time.monotonic()) if wait_s else 0.0
-            query = {"namespace": namespace} | wait_query(left_s)
-            parse, unpack = partial(parse_match, count), partial(unpack_match, count)
-            part = await self._post("/v1/match", query, body_of(digests), parse, unpack, more_s=left_s)
+            part = await self._match(namespace, digests, max(0.0, ends_s - time.monotonic()) if wait_s else 0.0)
             held += part.held
             if part.miss is not None:
                 return Match(held, part.miss)
         return Match(held, None)
+
+    async def _match(self, namespace: str, digests: bytes, wait_s: float) -> Match:
+        count = len(digests) // DIGEST_BYTES
+        query = {"namespace": namespace} | wait_query(wait_s)
+        parse, unpack = partial(parse_match, count), partial(unpack_match, count)
+        return await self._post("/v1/match", query, body_of(digests), parse, unpack, more_s=wait_s)
 
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
         found: list[Frame | Miss] = []

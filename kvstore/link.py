@@ -17,6 +17,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 from kvstore.errors import BodyLengthError, BodySizeError
 
@@ -35,6 +37,9 @@ _SCRATCH_BYTES = 16 << 10
 # Others want their turn on the event loop.
 _TURN_BYTES = 4 << 20
 _VIEWS_MAX = 64
+# So much may be under way. The kernel would come to as much by itself, but slowly and on one side only.
+_SOCKET_BYTES = 4 << 20
+_SOCKET_LIMITS = {socket.SO_SNDBUF: "wmem_max", socket.SO_RCVBUF: "rmem_max"}
 
 
 class LinkClosedError(ConnectionError):
@@ -54,6 +59,8 @@ class Link:
         connected.setblocking(False)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in _large_options():
+            connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -153,9 +160,18 @@ class Link:
         Raises:
             ConnectionError: The connection is broken.
         """
-        self._unsent[:0] = [memoryview(view) for view in reversed(views)]
         try:
+            if len(views) == 1 and not self._unsent:
+                # Small messages are one view, and this is all that happens to them.
+                sent = self._socket.send(views[0])
+                if sent == len(views[0]):
+                    return True
+                views = [memoryview(views[0])[sent:]]
+            self._unsent[:0] = [memoryview(view) for view in reversed(views)]
             return self._push()
+        except (BlockingIOError, InterruptedError):
+            self._unsent = [memoryview(view) for view in reversed(views)]
+            return False
         except BaseException:
             self._unsent = []
             raise
@@ -392,6 +408,13 @@ class LinkBody:
         self._note(size_bytes)
         return taken
 
+    def taken(self) -> bytes | None:
+        """All of a body that is not in parts, None where it has not arrived yet."""
+        assert not self._in_parts, "a body in parts has no length"
+        if (taken := self._link.taken(self._part_bytes)) is not None:
+            self._note(len(taken))
+        return taken
+
     async def rest(self) -> bytes:
         """All that is left of a body that is not in parts."""
         assert not self._in_parts, "a body in parts has no length"
@@ -416,6 +439,13 @@ class LinkBody:
             raise BodySizeError(
                 f"a body of {self.read_bytes + self._part_bytes} bytes is over the limit of {self._limit_bytes}"
             )
+
+
+@cache
+def _large_options() -> list[int]:
+    """Socket buffers that may be made large; where the limit is lower, the kernel's own choice is the better one."""
+    limits = {option: Path("/proc/sys/net/core", name) for option, name in _SOCKET_LIMITS.items()}
+    return [opt for opt, limit in limits.items() if limit.exists() and int(limit.read_text()) >= _SOCKET_BYTES]
 
 
 def pack_message(number: int, body_bytes: int) -> bytes:

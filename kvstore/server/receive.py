@@ -113,10 +113,10 @@ class Receiver:
 
     async def link_digests(self, link: Link, body: LinkBody) -> bytes:
         """As `digests`, from a link."""
-        if body.left_bytes <= link.ready_bytes:
-            # What has arrived is not waited for, and takes no more memory than the link has.
-            self._metrics.received_bytes.inc(body.left_bytes)
-            return check_digests(await body.bound(DIGESTS_BYTES_MAX).rest())
+        if (arrived := body.taken()) is not None:
+            # It was not waited for, and took no more memory than the link has.
+            self._metrics.received_bytes.inc(len(arrived))
+            return check_digests(arrived)
         with self._receipt() as receipt, self._reading_link(link, body, receipt, DIGESTS_BYTES_MAX):
             return check_digests(await body.rest())
 
