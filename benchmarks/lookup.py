@@ -20,6 +20,18 @@ def lookup_window(model: Model, prefix: int, continuation: int, rng: random.Rand
     return page + model.tokenize("\n" + text)[:continuation]
 
 
+def lookup_prompt(
+    model: Model, before: list[int], tokens: int, rng: random.Random, *, records: int = 20
+) -> tuple[list[int], list[int]]:
+    """Token ids of text, a page of records behind it and one question, `tokens` in all, and of the answer."""
+    page = [(_word(rng), str(rng.randint(100, 9999))) for _ in range(records)]
+    # The last ones lie in the tail of the prompt that is never loaded.
+    name, value = rng.choice(page[: records // 2])
+    asked = f"\n\nRecords:\n{_lines(page)}\nQuestion: What is the code of {name}?\nAnswer:"
+    ids = model.tokenize(asked)
+    return before[: tokens - len(ids)] + ids, model.tokenize(f" {value}")
+
+
 def _lines(records: list[tuple[str, str]]) -> str:
     return "\n".join(f"The code of {name} is {value}." for name, value in records)
 

@@ -13,14 +13,17 @@ class Relay:
             connection, or nothing.
         after_bytes: Bytes of answers until then, counted from the moment it is set.
         answer_bytes: Bytes of answers that passed.
+        rate_bytes_per_s: How fast answers pass; 0 is without a limit.
+        port: Where new connections go.
     """
 
     def __init__(self, port: int) -> None:
         self.fault = ""
         self.after_bytes = 0
         self.answer_bytes = 0
+        self.rate_bytes_per_s = 0.0
+        self.port = port
         self.url = ""
-        self._port = port
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -29,7 +32,7 @@ class Relay:
         assert task is not None
         self._tasks.add(task)
         with suppress(OSError, asyncio.CancelledError):
-            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.port)
             asking = asyncio.create_task(self._pass(reader, server_writer))
             try:
                 await self._answer(server_reader, writer)
@@ -58,6 +61,8 @@ class Relay:
             self.after_bytes -= len(piece)
             if self.fault and self.after_bytes < 0:
                 piece = await self._spoil(piece)
+            if self.rate_bytes_per_s:
+                await asyncio.sleep(len(piece) / self.rate_bytes_per_s)
             writer.write(piece)
             await writer.drain()
         writer.write_eof()

@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import os
-import random
-import socket
 import subprocess
-import threading
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +19,13 @@ from kvstore.codecs import encode, named_pipeline
 from kvstore.connectors.paged import empty_planes
 from kvstore.keys import chunk_keys
 from kvstore.layout import Layout, attention_layout
-from tests.engines.conftest import MODEL, ROOT, VllmEngine, kvstore_server
-from tests.tcp_relay import Relay, tcp_relay
+from tests.engines.conftest import MODEL, ROOT, VllmEngine, kvstore_server, lookup_page, vllm_serve
+from tests.engines.relay_thread import RelayThread
+from tests.test_benchmarks import check_result
 
 PROMPTS = 50
 CHUNK = 128
 TOKENS = 16
-
-
-def _page(seed: int, tokenizer: Any, tokens: int = 1000) -> list[int]:
-    """A look-up page of so many tokens, as the model was trained on."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randrange(3, 8))) for _ in range(200)]
-    lines = [f"The code of {word} is {rng.randrange(100, 9999)}." for word in words]
-    ids: list[int] = tokenizer("Records:\n" + "\n".join(lines))["input_ids"][: tokens - 20]
-    question: list[int] = tokenizer(f"\nQuestion: What is the code of {words[3]}?\nAnswer:")["input_ids"]
-    return ids[: tokens - len(question)] + question
-
-
-class RelayThread:
-    """A relay in a loop of its own, so that tests need none."""
-
-    def __init__(self, port: int) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._stack = AsyncExitStack()
-        self.relay: Relay = self._run(self._stack.enter_async_context(tcp_relay(port)))
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
-
-    def set(self, fault: str, after_bytes: int = 0) -> None:
-        """What happens from now on."""
-        self.relay.fault, self.relay.after_bytes = fault, after_bytes
-
-    def stop(self) -> None:
-        self._run(self._stack.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
 
 
 class Pair:
@@ -70,7 +34,7 @@ class Pair:
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.prompts = [_page(seed, tokenizer) for seed in range(PROMPTS)]
+        self.prompts = [lookup_page(seed, tokenizer) for seed in range(PROMPTS)]
         writer = VllmEngine(folder / "writer.log", {"url": url, "chunk_tokens": CHUNK})
         try:
             self.recomputed = [writer.generate(ids) for ids in self.prompts]
@@ -188,7 +152,7 @@ def test_a_chunk_of_another_model_is_computed(pair: Pair) -> None:
 @pytest.mark.timeout(1800)
 def test_a_server_that_was_killed_costs_a_computation(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = _page(77, tokenizer)
+    ids = lookup_page(77, tokenizer)
     with kvstore_server("--disk", "0") as (url, process):
         # Its own cache is emptied between, so one engine is enough.
         engine = VllmEngine(tmp_path / "engine.log", {"url": url, "chunk_tokens": CHUNK, "deadline_s": 2.0})
@@ -214,7 +178,7 @@ def test_a_server_that_was_killed_costs_a_computation(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_the_example_serves_prefill_and_decode_apart(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    body = {"prompt": _page(78, tokenizer), "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {"prompt": lookup_page(78, tokenizer), "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     with kvstore_server("--disk", "0") as (url, _), ExitStack() as stack:
         ports = {}
         for role in ("kv_producer", "kv_consumer"):
@@ -231,30 +195,21 @@ def test_the_example_serves_prefill_and_decode_apart(tmp_path: Path) -> None:
 @contextmanager
 def serving(url: str, role: str, log: Path) -> Iterator[int]:
     """`examples/vllm_serve.sh` on a free port, until the block is left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "KV_ROLE": role}
-    environ |= {"CHUNK_TOKENS": str(CHUNK), "PATH": f"{ROOT / '.venv-vllm' / 'bin'}:{os.environ['PATH']}"}
-    command = [str(ROOT / "examples" / "vllm_serve.sh"), str(MODEL), url, "--port", str(port), "--host", "127.0.0.1"]
-    with log.open("w") as out:
-        settings = ["--enforce-eager", "--block-size", "32", "--dtype", "bfloat16", "--served-model-name", "m"]
-        process = subprocess.Popen([*command, *settings], stdout=out, stderr=out, env=environ, start_new_session=True)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-3000:]
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                if answer.status == 200:
-                    break
-            time.sleep(0.5)
+    command = [str(ROOT / "examples" / "vllm_serve.sh"), str(MODEL), url]
+    with vllm_serve(command, log, KV_ROLE=role, CHUNK_TOKENS=str(CHUNK)) as port:
         yield port
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+
+
+@pytest.mark.timeout(1800)
+def test_the_quality_benchmark_runs(tmp_path: Path) -> None:
+    out = tmp_path / "quality.json"
+    command = [sys.executable, "-m", "benchmarks.engine_quality", "--quick", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    result = json.loads(out.read_text())
+    check_result(result)
+    assert {row["table"] for row in result["rows"]} >= {"levels", "conversation"}
+    raw = [row for row in result["rows"] if row.get("pipeline") == "raw"]
+    assert [row["identical"] for row in raw] == [row["prompts"] for row in raw]
 
 
 def _post(port: int, body: dict[str, Any]) -> dict[str, Any]:

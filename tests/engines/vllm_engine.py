@@ -1,9 +1,13 @@
 """A vLLM engine as a process: builds an `LLM` from the JSON in its first line, then answers one JSON line with another.
 
-Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily, `{"metrics": true}` gives the counters,
-`{"reset": true}` empties the engine's own cache. Nothing but answers goes to standard output.
+Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily, with `"log_p": true` and the whole
+distribution of every token; `{"metrics": true}` gives the counters, `{"reset": true}` empties the engine's own cache,
+`{"versions": true}` gives those of packages, and `{"events": true}` what the engine published about blocks since the
+last time (the first line names an endpoint as `events`).
+Nothing but answers goes to standard output.
 """
 
+import base64
 import json
 import os
 import sys
@@ -14,23 +18,55 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     # Engines print; what they print must not come between the answers.
     os.dup2(2, 1)
-    llm = None
+    llm = events = None
     for line in sys.stdin:
         command = json.loads(line)
         if llm is None:
-            llm = _build(command)
+            endpoint = command.pop("events", None)
+            llm = _build(command, endpoint)
+            events = None if endpoint is None else _subscribe(endpoint)
             print(json.dumps({"ready": True}), file=answers)
+        elif command.get("events"):
+            print(json.dumps(_published(events)), file=answers)
         else:
             print(json.dumps(_answer(llm, command)), file=answers)
 
 
-def _build(settings: dict[str, Any]) -> Any:
+def _build(settings: dict[str, Any], endpoint: str | None) -> Any:
     from vllm import LLM
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
+
+    if endpoint is not None:
+        settings["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint)
 
     transfer = settings.pop("kv_transfer", None)
     config = None if transfer is None else KVTransferConfig(**transfer)
     return LLM(kv_transfer_config=config, disable_log_stats=False, **settings)
+
+
+def _subscribe(endpoint: str) -> Any:
+    import zmq  # type: ignore[import-not-found]
+
+    socket = zmq.Context.instance().socket(zmq.SUB)
+    socket.connect(endpoint)
+    socket.setsockopt(zmq.SUBSCRIBE, b"")
+    return socket
+
+
+def _published(socket: Any) -> list[dict[str, Any]]:
+    """Events by their fields; hashes as hex."""
+    import msgspec  # type: ignore[import-not-found]
+    from vllm.distributed.kv_events import KVEventBatch
+
+    found = []
+    while socket.poll(200):
+        _, _, payload = socket.recv_multipart()
+        for event in msgspec.msgpack.decode(payload, type=KVEventBatch).events:
+            fields = msgspec.structs.asdict(event)
+            fields["block_hashes"] = [one.hex() for one in fields.get("block_hashes", [])]
+            fields["parent_block_hash"] = (fields.get("parent_block_hash") or b"").hex()
+            found.append({"kind": type(event).__name__} | fields)
+    return found
 
 
 def _answer(llm: Any, command: dict[str, Any]) -> Any:
@@ -41,11 +77,29 @@ def _answer(llm: Any, command: dict[str, Any]) -> Any:
             if value is not None:
                 found[metric.name] = found.get(metric.name, 0) + value
         return found
+    if command.get("versions"):
+        import torch
+        import transformers
+        import vllm
+
+        return {
+            "vllm": vllm.__version__,
+            "engine's torch": torch.__version__,
+            "engine's transformers": transformers.__version__,
+        }
     if command.get("reset"):
         return {"reset": llm.reset_prefix_cache()}
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=command["tokens"], ignore_eos=True)
+    wants_log_p = command.get("log_p", False)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=command["tokens"],
+        ignore_eos=True,
+        detokenize=not wants_log_p,
+        logprobs=-1 if wants_log_p else None,
+        flat_logprobs=wants_log_p,
+    )
     prompts = [{"prompt_token_ids": ids} for ids in command["prompts"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
@@ -53,9 +107,23 @@ def _answer(llm: Any, command: dict[str, Any]) -> Any:
             "tokens": list(one.outputs[0].token_ids),
             "cached": one.num_cached_tokens,
             "finish": one.outputs[0].finish_reason,
+            "log_p": _log_p(one.outputs[0].logprobs) if wants_log_p else None,
         }
         for one in outputs
     ]
+
+
+def _log_p(found: Any) -> str:
+    """Log-probabilities `[tokens, vocabulary]`, little-endian float32 in base64."""
+    import numpy as np
+
+    rows = []
+    for start, end in zip(found.start_indices, found.end_indices, strict=True):
+        # The first one is that of the token that was chosen, which comes again in its turn.
+        row = np.empty(end - start - 1, "<f4")
+        row[found.token_ids[start + 1 : end]] = found.logprobs[start + 1 : end]
+        rows.append(row)
+    return base64.b64encode(np.stack(rows).tobytes()).decode()
 
 
 if __name__ == "__main__":
