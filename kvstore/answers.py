@@ -32,7 +32,7 @@ _RUN = struct.Struct("<IH")
 _COPY = struct.Struct("<IBB?B")
 _DETAIL_BYTES_MAX = 4096
 
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
 """What the functions here raise where an answer does not have the shape that it must have."""
 
 

@@ -1,6 +1,7 @@
 """Frames: golden ones never change, two readers agree, and whatever is damaged is refused by both."""
 
 import random
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.errors import FrameCorruptError, FrameError, FrameVersionError, LayoutMismatchError
 from kvstore.frame import Frame, blob_frame, blob_of, pack_frame, padded_bytes, parse_frame
-from kvstore.header import Behind, Header, load_header
+from kvstore.header import Behind, Header, dump_header, load_header
 from kvstore.testing import make_frame, make_key
 from tests import second_reader
 
@@ -117,6 +118,23 @@ def test_garbage_is_no_frame(data: bytes) -> None:
 def test_garbage_is_no_header(text: bytes) -> None:
     with pytest.raises(FrameCorruptError):
         load_header(text)
+
+
+def test_headers_of_one_layout_keep_their_own_keys() -> None:
+    keys = [make_key(number) for number in range(3)]
+    headers = [load_header(dump_header(replace(HEADER, key=key))) for key in keys]
+    assert headers == [replace(HEADER, key=key) for key in keys]
+
+
+@pytest.mark.parametrize(
+    "more", [b'"digest":"%s",' % (b"0" * 64), b'"n\\u0061mespace":"%s",' % (b"0" * 32), b'"tokens":256,', b","]
+)
+def test_a_header_that_names_a_field_twice_is_none(more: bytes) -> None:
+    text = dump_header(HEADER)
+    assert load_header(text) == HEADER
+    end = text.index(b'"tokens"')
+    with pytest.raises(FrameCorruptError):
+        load_header(text[:end] + more + text[end:])
 
 
 def test_another_version_is_named() -> None:

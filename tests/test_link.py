@@ -12,22 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.answers import unpack_puts
-from kvstore.backend import Miss, Outcome, Reason
+from kvstore.answers import MALFORMED, pack_match, pack_puts, unpack_match, unpack_puts
+from kvstore.backend import Ack, Copy, Held, Match, Miss, Outcome, Reason, Stored
 from kvstore.client import Client
 from kvstore.config import ServerConfig
 from kvstore.errors import (
     AuthError,
     BackendBusyError,
     BackendError,
+    BackendFullError,
     BackendUnavailableError,
     BodyLengthError,
     BodySizeError,
 )
-from kvstore.frame import Frame
+from kvstore.frame import Frame, pack_frame
+from kvstore.header import Header
+from kvstore.keys import ChunkKey
 from kvstore.link import IN_PARTS, PROTOCOL, Link, LinkBody, LinkClosedError, pack_message, pack_part, unpack_message
 from kvstore.server import running_server
 from kvstore.testing import make_frame
+from kvstore.wire import DamagedFrameError, read_batch
 from tests.conftest import Server, Start
 from tests.frames import batch_bytes, flipped, frame_bytes, random_keys
 
@@ -282,7 +286,9 @@ async def test_a_cancelled_get_gives_its_link_up(server: Server) -> None:
 
 
 @asynccontextmanager
-async def lying(answer: bytes, *, then_close: bool) -> AsyncIterator[Client]:
+async def lying(
+    answer: bytes, *, then_close: bool, timeout_s: float = 5, connections: int = 16
+) -> AsyncIterator[Client]:
     """A client of a server that upgrades, and answers every request with these bytes."""
     upgraded = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {PROTOCOL}\r\nConnection: Upgrade\r\n\r\n".encode()
 
@@ -303,7 +309,7 @@ async def lying(answer: bytes, *, then_close: bool) -> AsyncIterator[Client]:
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        async with Client(f"http://127.0.0.1:{port}", timeout_s=5) as client:
+        async with Client(f"http://127.0.0.1:{port}", timeout_s=timeout_s, connections=connections) as client:
             yield client
         await asyncio.gather(*filter(None, tasks))
 
@@ -337,6 +343,88 @@ async def test_an_answer_of_another_shape_is_an_error(ask: Callable[[Client], Aw
         async with lying(pack_message(200, len(text)) + text, then_close=False) as client:
             with pytest.raises(BackendError):
                 await ask(client)
+
+
+@pytest.mark.parametrize("body_bytes", [(16 << 20) + 1, IN_PARTS])
+async def test_a_small_answer_that_is_announced_large_is_refused_before_anything_is_allocated(body_bytes: int) -> None:
+    async with lying(pack_message(200, body_bytes), then_close=False) as client:
+        with pytest.raises(BodySizeError):
+            await client.match([KEY])
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (Client.match, b""),
+        (Client.match, pack_message(200, 100) + b"x"),
+        (Client.get, b""),
+        (Client.get, RECORDS + DAMAGED[:-100]),
+    ],
+)
+async def test_who_waits_for_an_answer_waits_no_longer_than_was_said(
+    ask: Callable[[Client, list[ChunkKey]], Awaitable[object]], answer: bytes
+) -> None:
+    async with lying(answer, then_close=False, timeout_s=0.1) as client:
+        with pytest.raises(BackendUnavailableError, match=r"in 0\.1 s"):
+            await ask(client, [KEY])
+
+
+async def test_who_waits_for_a_link_waits_no_longer_than_was_said() -> None:
+    async with lying(b"", then_close=False, timeout_s=0.1, connections=1) as client:
+        asked = await asyncio.gather(*(client.match([KEY]) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in asked] == [BackendUnavailableError] * 3
+
+
+SHAPES = [Copy("host", 1024, (62_720, 5), 3), Copy("disk é", 64, (1 << 39,), 1, True)]
+
+
+@pytest.mark.parametrize(
+    "match",
+    [
+        Match([], Miss(Reason.EVICTED)),
+        Match([Held(None, SHAPES[0])] * 3, None),
+        Match([Held(None, SHAPES[0])] * 2 + [Held(None, SHAPES[1])] + [Held(None, SHAPES[0])], Miss(Reason.ABSENT)),
+    ],
+)
+def test_a_match_reads_back_as_it_was_packed(match: Match) -> None:
+    packed = pack_match(match)
+    asked = len(match.held) + (match.miss is not None)
+    assert unpack_match(asked, packed) == match
+    # A run may end earlier only where it says why.
+    for wrong in [asked - 1] + ([asked + 1] if match.miss is None else []):
+        with pytest.raises(MALFORMED):
+            unpack_match(wrong, packed)
+    if match.held:
+        for end in range(len(packed)):
+            with suppress(*MALFORMED):
+                assert len(unpack_match(asked, packed[:end]).held) < len(match.held)
+
+
+def test_what_became_of_puts_reads_back_as_it_was_packed() -> None:
+    full = BackendFullError("host", "no room " * 1000)
+    stored = [
+        Stored(Outcome.WRITTEN, Ack.MEMORY),
+        Stored(Outcome.FAILED, None, full),
+        Stored(Outcome.EXISTS, Ack.DISK, BackendUnavailableError("s3", "down", 5.0)),
+    ]
+    packed = pack_puts(stored)
+    found = unpack_puts("remote", 3, packed)
+    assert [(result.outcome, result.ack, type(result.error)) for result in found] == [
+        (result.outcome, result.ack, type(result.error)) for result in stored
+    ]
+    assert "no room" in str(found[1].error)
+    for end in range(len(packed)):
+        with pytest.raises(MALFORMED):
+            unpack_puts("remote", 3, packed[:end])
+
+
+def test_packed_answers_that_are_garbage_are_malformed() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        garbage = rng.randbytes(rng.randrange(60))
+        for unpack in (lambda raw: unpack_match(2, raw), lambda raw: unpack_puts("remote", 2, raw)):
+            with suppress(*MALFORMED):
+                unpack(garbage)
 
 
 @asynccontextmanager
@@ -409,3 +497,87 @@ async def test_who_waits_on_a_link_that_is_closed_is_told() -> None:
             assert isinstance(outcome, LinkClosedError)
         with pytest.raises(LinkClosedError):
             await right.fill(memoryview(bytearray(65 << 20)))
+
+
+async def test_a_deadline_ends_whoever_still_waits_and_may_be_moved() -> None:
+    loop = asyncio.get_running_loop()
+    async with pair() as (left, right):
+        with left.limited(loop.time() + 3600):
+            waiting = asyncio.create_task(left.take(1))
+            await asyncio.sleep(0)
+            await right.send([b"a"])
+            assert await waiting == b"a"
+        # A timer is set for later than this.
+        with pytest.raises(TimeoutError), left.limited(loop.time() + 0.02):
+            await left.take(1)
+        with left.limited(loop.time() + 0.02):
+            waiting = asyncio.create_task(left.take(1))
+            await asyncio.sleep(0)
+            left.reschedule(loop.time() + 3600)
+            await asyncio.sleep(0.05)
+            await right.send([b"b"])
+            assert await waiting == b"b"
+        with pytest.raises(TimeoutError), right.limited(loop.time() + 0.02):
+            await right.send([bytes(64 << 20)])
+
+
+async def test_a_deadline_that_is_over_does_not_touch_who_waits_without_one() -> None:
+    async with pair() as (left, right):
+        with left.limited(asyncio.get_running_loop().time() + 0.02), pytest.raises(TimeoutError):
+            await left.take(1)
+        waiting = asyncio.create_task(left.take(1))
+        await asyncio.sleep(0.05)
+        await right.send([b"a"])
+        assert await waiting == b"a"
+
+
+SEGMENTED = pack_frame(
+    Header(KEY, 256, 0, (1, 1), (("k", "v"), ("k",)), ({"stage": "test"},)),
+    [b"", bytes(range(250)) * 40, b"a" * 33, b"", b"c" * 70_001, b"d"],
+)
+
+
+async def read_over_a_link(data: bytes, pieces: list[int]) -> list[Frame | Miss | DamagedFrameError]:
+    """What a batch of these bytes reads as where it arrives in such pieces."""
+    async with pair() as (left, right):
+
+        async def send() -> None:
+            start = 0
+            for size_bytes in pieces:
+                await left.send([data[start : start + size_bytes]])
+                await asyncio.sleep(0)
+                start += size_bytes
+            await left.send([data[start:]])
+
+        sending = asyncio.create_task(send())
+        found = [record async for record in read_batch(LinkBody(right, len(data)))]
+        await sending
+        return found
+
+
+async def test_damage_is_found_wherever_it_is_and_however_it_arrives() -> None:
+    rng = random.Random(7)
+    whole, other = frame_bytes(SEGMENTED), frame_bytes(FRAME)
+    payload = len(SEGMENTED.head.raw)
+    # Ends of segments, with the zeros that pad them, and anywhere.
+    places = [payload, payload + 9_999, payload + 10_032, payload + 10_047, len(whole) - 1, len(whole) - 17]
+    for position in places + [rng.randrange(payload, len(whole)) for _ in range(20)]:
+        data = batch_bytes(other, flipped(whole, position), other)
+        pieces = [rng.randrange(1, 60_000) for _ in range(rng.randrange(4))]
+        first, damaged, last = await read_over_a_link(data, pieces)
+        assert isinstance(damaged, DamagedFrameError), position
+        assert isinstance(first, Frame)
+        assert isinstance(last, Frame), "what follows a damaged frame is read"
+        assert frame_bytes(last) == other
+
+
+async def test_a_sound_frame_is_sound_however_it_arrives() -> None:
+    rng = random.Random(8)
+    for levels in (1, 2):
+        frame = SEGMENTED.truncated(levels - 1)
+        for _ in range(10):
+            pieces = [rng.randrange(1, 60_000) for _ in range(rng.randrange(4))]
+            [found] = await read_over_a_link(batch_bytes(frame_bytes(frame)), pieces)
+            assert isinstance(found, Frame)
+            assert (found.levels, frame_bytes(found)) == (levels, frame_bytes(frame))
+            found.verify(KEY)
