@@ -29,7 +29,7 @@ cache gives. **Margin** is by how many nats the own cache preferred its token to
 _CONVERSATION_TEXT = """\
 Conversations of test text: an opening of 512 tokens, then 128 tokens of the user in each turn, with 16 tokens of
 answer behind each. Before every turn the engine's own cache is emptied, and the server holds level 0 of
-`ladder-repeats` only (*raw*: everything). All variants see the same tokens. *one lossy load*: the whole prefix was
+`ladder-repeats` only (*raw*: all bytes of the whole conversation). All variants see the same tokens. *one lossy load*: the whole prefix was
 computed exactly, and is loaded once at level 0. *store_derived off* (the default): what is computed behind a lossy
 prefix is not stored, so the opening alone comes back. *store_derived on*: it is stored, so loss stands on loss.
 **KL** is the mean over the answers of all conversations, against an engine that keeps its own cache, in nats."""
@@ -61,6 +61,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("ratio")
+    right.set_ylabel("KL, nats")
     right.legend(fontsize=8)
     for panel in (left, right):
         panel.grid(linewidth=0.3)
