@@ -47,6 +47,11 @@ from kvstore.tiers import TieredBackend
 TESTED = ((0, 32), (0, 33))
 """Versions of vLLM that this was tested with: from the first on, below the second."""
 
+_LATENCY_S = 0.003
+"""Time that a fetch takes beside arrival and decoding: the way to the workers and back, in steps of the engine."""
+
+_MARGIN = 0.05
+
 log = logging.getLogger("vllm.kvstore")
 
 
@@ -177,6 +182,8 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return StepMetadata() if self._scheduler is None else StepMetadata(self._scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.stepped()
         meta = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(meta, WorkerMetadata):
             self._scheduler.receive(meta.report)
@@ -311,7 +318,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layouts,
             client,
             self._background,
-            Guard(),
+            Guard(latency_s=_LATENCY_S, margin=_MARGIN, explore=0),
             self._counters,
             block_tokens=block_tokens,
             blocks_of=lambda request_id: self._kv_cache_manager.get_block_ids(request_id)[0],

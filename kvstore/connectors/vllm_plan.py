@@ -14,6 +14,7 @@ COUNTERS: Mapping[str, str] = {
     "queries": "Requests whose prefix was looked up.",
     "matched_tokens": "Tokens that were found stored beyond the local cache.",
     "refused_tokens": "Tokens that the guard left to the engine because fetching was expected to take longer.",
+    "unasked_requests": "Requests that were not looked up because fetching all of them was expected to take longer.",
     "skipped_requests": "Requests whose KV depends on what is not in the key; neither stored nor served.",
     "loads": "Loads that ended.",
     "loaded_tokens": "Tokens loaded into the engine's cache.",
@@ -98,10 +99,12 @@ class Load(Run):
     Args:
         skip: Leading blocks that the engine holds already; they are not written.
         end: Blocks behind this one are not written.
+        level: Highest quality level to fetch; None for all that are held.
     """
 
     skip: int = 0
     end: int = 0
+    level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Loaded:
         reason: Why it ended early; the counter `failed_<reason>`.
         size_bytes: Bytes received.
         took_s: Seconds from its start to its end.
+        arrived_s: Seconds from its start until the last bytes had come.
     """
 
     chunks: int
@@ -143,6 +147,7 @@ class Loaded:
     reason: str | None
     size_bytes: int
     took_s: float
+    arrived_s: float = 0.0
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What the scheduler's half of the vLLM connector knows of each request."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from kvstore.connectors.vllm_plan import Load, Loaded
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
+
+log = logging.getLogger(__name__)
 
 Keys = tuple[tuple[ChunkKey, ...], ...]
 """Keys of a prompt's leading chunks, for every shard."""
@@ -62,6 +65,9 @@ class Tracked:
         saved: Leading chunks that need not be saved.
         behind: What its chunks stand on, where that is not exact.
         marked: Leading blocks that are known as lossy because of it.
+        load_began_s: When the load under way was decided.
+        level: Highest quality level to load; None for all that are held.
+        left: Whether the guard left it to the engine, before it was looked up or behind that.
     """
 
     request: Any
@@ -76,6 +82,9 @@ class Tracked:
     saved: int = 0
     behind: Behind | None = None
     marked: int = 0
+    load_began_s: float = 0.0
+    level: int | None = None
+    left: bool = False
 
     def keys_to(self, last: int, layouts: Sequence[Layout]) -> Keys:
         """Keys of at least `last` leading chunks."""
@@ -95,6 +104,21 @@ def is_keyed(request: Any) -> bool:
         or request.pooling_params is not None
         or request.resumable
     )
+
+
+def level_of(request: Any, level: int | None) -> int | None:
+    """The highest level that a request asks for in its `kv_transfer_params`, else the one that was set.
+
+    Args:
+        request: The engine's request.
+        level: What the connector's options say.
+    """
+    asked = (request.kv_transfer_params or {}).get("kvstore", {})
+    wanted = asked.get("level", level) if isinstance(asked, dict) else level
+    if wanted is None or (type(wanted) is int and wanted >= 0):
+        return wanted
+    log.warning("kv_transfer_params: kvstore.level cannot be %r; using %r", wanted, level)
+    return level
 
 
 def worst(found: Iterable[Behind | None]) -> Behind | None:

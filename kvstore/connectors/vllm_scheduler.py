@@ -7,8 +7,9 @@ the engine is told to ask again. It knows the engine only by the attributes that
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvstore.client import Client
@@ -18,7 +19,8 @@ from kvstore.connectors.paged import KL_UNKNOWN_NATS
 from kvstore.connectors.vllm_events import Change, Events
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens
-from kvstore.connectors.vllm_requests import Found, Tracked, is_keyed, worst
+from kvstore.connectors.vllm_requests import Found, Tracked, is_keyed, level_of, worst
+from kvstore.connectors.vllm_scout import Scout
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
@@ -93,12 +95,20 @@ class SchedulerSide:
         self._forgot_lossy = False
         self._paused_until_s = 0.0
         self._pause_s = _PAUSE_S[0]
-        self._last_step: tuple[float, int] | None = None
+        self._scout = Scout(client, background, guard, clock)
+        self._token_bytes: dict[int | None, float] = {}
+        self._steps: deque[tuple[float, int]] = deque()
+        self._step_ended_s = 0.0
 
     def add(self, request: Any) -> None:
         """A request came: start to look it up."""
         tracked = self._track(request)
-        if tracked is not None and self._consumes:
+        if tracked is None or not self._consumes:
+            return
+        if self._hopeless(tracked):
+            self._counters.add("unasked_requests")
+            tracked.found, tracked.left = Found(), True
+        else:
             self._look_up(tracked)
 
     def match(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -130,7 +140,8 @@ class SchedulerSide:
         run = self._run(tracked, first, last, block_ids)
         skip = (start - first * self._chunk_tokens) // self._block_tokens
         stop = (end - first * self._chunk_tokens) // self._block_tokens
-        tracked.loading = Load(**run, skip=skip, end=stop)
+        tracked.loading = Load(**run, skip=skip, end=stop, level=tracked.level)
+        tracked.load_began_s = self._clock()
         self._loads.append(tracked.loading)
         self._counters.add("matched_tokens", external_tokens)
         # Until the workers say otherwise, what is loaded must not be taken for exact.
@@ -141,7 +152,8 @@ class SchedulerSide:
         """What the workers do in the step that the engine has scheduled."""
         computed_tokens = sum(output.num_scheduled_tokens.values())
         self._counters.add("computed_tokens", computed_tokens)
-        self._observe_prefill(computed_tokens)
+        if computed_tokens:
+            self._steps.append((self._clock(), computed_tokens))
         scheduled = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         scheduled |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -159,8 +171,6 @@ class SchedulerSide:
         if self._events is not None:
             self._events.ended(report.saves)
         for request_id, results in report.loads.items():
-            for result in results:
-                self._guard.observe_fetch(result.size_bytes, result.took_s)
             tracked = self._tracked.get(request_id)
             if tracked is not None and tracked.loading is not None:
                 tracked.results += results
@@ -175,6 +185,9 @@ class SchedulerSide:
             tracked.lookup.cancel()
         if tracked is not None and tracked.loading is not None:
             self._aborted.append(request.request_id)
+        if tracked is not None and tracked.left and self._clock() >= self._paused_until_s:
+            token_ids = list(request.all_token_ids[: request.num_prompt_tokens])
+            self._scout.look(partial(self._ask, token_ids, tracked.salt, 0.0), tracked.level)
 
     def take_changes(self) -> list[Change]:
         """What is to be announced."""
@@ -199,8 +212,18 @@ class SchedulerSide:
                 self._skipped.add(request.request_id)
                 return None
             salt = b"" if request.cache_salt is None else b"vllm salt " + request.cache_salt.encode()
-            tracked = self._tracked[request.request_id] = Tracked(request, salt)
+            level = level_of(request, self._options.level)
+            tracked = self._tracked[request.request_id] = Tracked(request, salt, level=level)
         return tracked
+
+    def _hopeless(self, tracked: Tracked) -> bool:
+        """Whether a fetch would not pay if all of a prompt were held, going by the bytes of those that were."""
+        token_bytes = self._token_bytes.get(tracked.level)
+        if not self._options.guard or token_bytes is None or self._wait_s(tracked.request):
+            return False
+        tokens = (tracked.request.num_prompt_tokens - 1) // self._chunk_tokens * self._chunk_tokens
+        rest_tokens = tracked.request.num_prompt_tokens - tokens
+        return bool(tokens) and self._guard.hopeless(tokens, int(tokens * token_bytes), rest_tokens)
 
     def _look_up(self, tracked: Tracked) -> None:
         # One token is left to the engine, and only full chunks have keys.
@@ -251,9 +274,12 @@ class SchedulerSide:
         tokens = end * self._chunk_tokens - computed_tokens
         if tokens <= 0:
             return 0
-        size_bytes = found.size_bytes(first, end, self._options.level)
-        if self._options.guard and not self._guard.worth(tokens, size_bytes):
+        size_bytes = found.size_bytes(first, end, tracked.level)
+        self._token_bytes[tracked.level] = size_bytes / ((end - first) * self._chunk_tokens)
+        rest_tokens = len(tracked.request.all_token_ids) - computed_tokens - tokens
+        if self._options.guard and not self._guard.worth(tokens, size_bytes, rest_tokens):
             self._counters.add("refused_tokens", tokens)
+            tracked.left = True
             return 0
         return tokens
 
@@ -286,6 +312,8 @@ class SchedulerSide:
         last = min(computed_tokens, known_tokens) // self._chunk_tokens
         if tracked.behind is not None:
             self._mark(tracked, computed_tokens)
+        if tracked.left and tracked.saved < last:
+            tracked.saved = max(tracked.saved, self._scout.held(tracked.keys_to(last, self._layouts)[0][:last]))
         first, tracked.saved = tracked.saved, max(tracked.saved, last)
         if last <= first or not self._produces:
             return None
@@ -304,6 +332,7 @@ class SchedulerSide:
         results, tracked.results = tracked.results, []
         tracked.loading = None
         chunks = min(result.chunks for result in results)
+        self._observe_load(load, results, self._clock() - tracked.load_began_s)
         tracked.saved = load.first + chunks
         # A load that failed once is not tried again, or a request could wait for ever.
         tracked.may_load = chunks == load.chunks
@@ -345,9 +374,22 @@ class SchedulerSide:
             self._lossy.clear()
             self._forgot_lossy = True
 
-    def _observe_prefill(self, tokens: int) -> None:
-        """Take the time between two steps as that of the first one, where it was busy prefilling."""
-        now = self._clock()
-        if self._last_step is not None and self._last_step[1] >= self._chunk_tokens // 2:
-            self._guard.observe_prefill(self._last_step[1], now - self._last_step[0])
-        self._last_step = (now, tokens)
+    def stepped(self) -> None:
+        """A step that computed tokens is over; they end in the order in which they were scheduled."""
+        if self._steps:
+            began_s, tokens = self._steps.popleft()
+            now = self._clock()
+            self._guard.observe_step(tokens, now - max(began_s, self._step_ended_s))
+            self._step_ended_s = now
+
+    def _observe_load(self, load: Load, results: Sequence[Loaded], took_s: float) -> None:
+        """Learn from a load; what all workers fetched came over one link, and the slowest one counts."""
+        self._scout.fetched()
+        slowest = max(results, key=lambda result: result.took_s)
+        self._guard.observe_fetch(
+            sum(result.size_bytes for result in results),
+            took_s,
+            tokens=min(result.chunks for result in results) * self._chunk_tokens,
+            arrived_s=slowest.arrived_s,
+            whole=all(result.chunks == load.chunks or result.reason in _LOST for result in results),
+        )

@@ -26,8 +26,10 @@ from kvstore.header import Behind
 from kvstore.keys import ChunkKey
 from kvstore.layout import Layout
 
-_BATCH_CHUNKS_BYTES = 8 << 20
-_CONCURRENCY = 4
+_BATCH_PUT_BYTES = 8 << 20
+_BATCH_GET_BYTES = 1 << 20
+"""So much is fetched by one request: small enough that one batch is decoded while the next one arrives."""
+_CONCURRENCY = 3
 _REASONS: Mapping[Reason, str] = {
     Reason.CORRUPT: "corrupt",
     Reason.IDENTITY: "identity",
@@ -53,6 +55,7 @@ class _Loading:
     behind: Behind | None = None
     reason: str | None = None
     size_bytes: int = 0
+    arrived_s: float = 0.0
     lossy_chunks: int = 0
 
     @property
@@ -108,7 +111,7 @@ class WorkerSide:
         self._saved: dict[ChunkKey, bool] = {}
         self._pipeline, self._artefacts = options.codec()
         # A lossy copy is only used where the user chose a lossy pipeline or a level.
-        self._exact_only = self._pipeline.lossless and options.level is None
+        self._exact_only = self._pipeline.lossless
         self._pages: Pages | None = None
         self._chunk_blocks = 0
         self._loading: dict[str, _Loading] = {}
@@ -124,7 +127,8 @@ class WorkerSide:
         self._queue = BoundedBytes(options.queue_bytes)
         self._encoder = ThreadPoolExecutor(1, "kvstore-encode")
         self._paused_until_s = 0.0
-        self._batch = max(1, _BATCH_CHUNKS_BYTES // layout.chunk_bytes)
+        self._put_batch = max(1, _BATCH_PUT_BYTES // layout.chunk_bytes)
+        self._get_batch = max(1, _BATCH_GET_BYTES // layout.chunk_bytes)
 
     def attach(self, pages: Pages) -> None:
         """Give it the engine's cache."""
@@ -154,7 +158,8 @@ class WorkerSide:
             took_s = loading.ended_s - loading.started_s
             first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
             self._invalid.update(load.block_ids[first_bad : load.end])
-            result = Loaded(loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s)
+            arrived_s = loading.arrived_s - loading.started_s if loading.arrived_s else took_s
+            result = Loaded(loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s, arrived_s)
             self._report.loads[load.request_id] = [result]
             self._count_load(loading, result)
         return {loading.load.request_id for loading in ended}
@@ -184,8 +189,8 @@ class WorkerSide:
             while staged.layers < self._layout.layers:
                 self._copy(staged, staged.layers)
         jobs, self._staged, self._begun = self._staged, [], False
-        for start in range(0, len(jobs), self._batch):
-            self._encoder.submit(self._store, jobs[start : start + self._batch])
+        for start in range(0, len(jobs), self._put_batch):
+            self._encoder.submit(self._store, jobs[start : start + self._put_batch])
         if self._delivers and jobs and any(save.final for save in saves):
             self._queue.wait_empty(self._options.deadline_s)
 
@@ -208,8 +213,8 @@ class WorkerSide:
         reason: str | None = "aborted"
         try:
             async with asyncio.timeout(self._options.deadline_s):
-                for start in range(0, load.chunks, self._batch):
-                    numbers = range(start, min(start + self._batch, load.chunks))
+                for start in range(0, load.chunks, self._get_batch):
+                    numbers = range(start, min(start + self._get_batch, load.chunks))
                     tasks.append(asyncio.create_task(self._load_batch(loading, numbers)))
                 for task in tasks:
                     # What lies behind the first gap is of no use.
@@ -230,10 +235,11 @@ class WorkerSide:
         async with self._gate:
             keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
             try:
-                answers = await self._backend.get(keys, level=self._options.level)
+                answers = await self._backend.get(keys, level=loading.load.level)
             except KVStoreError as exc:
                 log.warning("fetching %d chunks failed: %s", len(keys), exc)
                 return "unavailable"
+            loading.arrived_s = time.monotonic()
             for number, key, answer in zip(numbers, keys, answers, strict=True):
                 if isinstance(answer, Miss):
                     return _REASONS.get(answer.reason, "absent")
@@ -247,7 +253,7 @@ class WorkerSide:
         if header.first_position != (load.first + number) * self._layout.chunk_tokens:
             return "identity"
         exact = is_exact(frame)
-        if not exact and self._exact_only:
+        if not exact and self._exact_only and load.level is None:
             return "lossy"
         try:
             token_ids = load.tokens_of(number, self._layout.chunk_tokens)
