@@ -18,6 +18,7 @@ from kvstore.backend import Backend, Miss, Outcome, Reason, Stored
 from kvstore.codecs import Context, Planes, decode, encode
 from kvstore.connectors.background import Background, BoundedBytes
 from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
+from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save
 from kvstore.errors import BackendUnavailableError, FrameCorruptError, FrameError, KVStoreError, PipelineError
@@ -113,6 +114,7 @@ class WorkerSide:
         # A lossy copy is only used where the user chose a lossy pipeline or a level.
         self._exact_only = self._pipeline.lossless
         self._pages: Pages | None = None
+        self._kernels: KernelDecoder | None = None
         self._chunk_blocks = 0
         self._loading: dict[str, _Loading] = {}
         self._ended: list[_Loading] = []
@@ -133,6 +135,7 @@ class WorkerSide:
     def attach(self, pages: Pages) -> None:
         """Give it the engine's cache."""
         self._pages = pages
+        self._kernels = kernel_decoder(pages, self._layout, self._artefacts)
         self._chunk_blocks = self._layout.chunk_tokens // pages.block_tokens
 
     def start_loads(self, loads: Sequence[Load], aborted: Sequence[str] = ()) -> None:
@@ -255,32 +258,41 @@ class WorkerSide:
         exact = is_exact(frame)
         if not exact and self._exact_only and load.level is None:
             return "lossy"
+        token_ids = load.tokens_of(number, self._layout.chunk_tokens)
         try:
-            token_ids = load.tokens_of(number, self._layout.chunk_tokens)
-            planes = decode(frame, self._layout, self._artefacts, key=key, token_ids=token_ids)
+            planes = None
+            if self._kernels is None or not self._kernels.takes(frame):
+                planes = decode(frame, self._layout, self._artefacts, key=key, token_ids=token_ids)
+            with loading.lock:
+                if loading.closed:
+                    return "aborted"
+                self._write(load, number, frame, planes, token_ids)
+                loading.done.add(number)
+                loading.size_bytes += frame.size_bytes
+                if not exact:
+                    loading.lossy_chunks += 1
+                    loading.behind = _worse(loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS))
         except (FrameError, PipelineError) as exc:
             log.warning("chunk %d of a prefix cannot be decoded: %s", load.first + number, exc)
             return "corrupt" if isinstance(exc, FrameCorruptError) else "identity"
-        with loading.lock:
-            if loading.closed:
-                return "aborted"
-            self._write(load, number, planes)
-            loading.done.add(number)
-            loading.size_bytes += frame.size_bytes
-            if not exact:
-                loading.lossy_chunks += 1
-                loading.behind = _worse(loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS))
         return None
 
-    def _write(self, load: Load, number: int, planes: Planes) -> None:
+    def _write(self, load: Load, number: int, frame: Frame, planes: Planes | None, token_ids: Sequence[int]) -> None:
+        """Write a chunk to its blocks: its planes, or without them what kernels make of the frame."""
         assert self._pages is not None
         start = number * self._chunk_blocks
         first, end = max(start, load.skip), min(start + self._chunk_blocks, load.end)
-        if first < end:
-            blocks = torch.tensor(load.block_ids[first:end], device=self._pages.device)
-            scatter(self._pages, blocks, planes, first_block=first - start)
-            if blocks.is_cuda:
-                torch.cuda.current_stream(blocks.device).synchronize()
+        if first >= end:
+            return
+        if planes is None:
+            assert self._kernels is not None
+            key = load.keys[self._rank][number]
+            self._kernels.decode(frame, key, load.block_ids[first:end], first - start, token_ids)
+            return
+        blocks = torch.tensor(load.block_ids[first:end], device=self._pages.device)
+        scatter(self._pages, blocks, planes, first_block=first - start)
+        if blocks.is_cuda:
+            torch.cuda.current_stream(blocks.device).synchronize()
 
     def _close(self, loading: _Loading, reason: str | None) -> None:
         """End a load: from here on nothing of it is written, and the engine may have its blocks back."""
