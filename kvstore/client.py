@@ -33,7 +33,7 @@ from kvstore.errors import (
 )
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
-from kvstore.link import LinkBody
+from kvstore.link_body import LinkBody
 from kvstore.links import LinkRefusedError, Links
 from kvstore.questions import Views, bodies, body_of, by_namespace, target_of, wait_query
 from kvstore.stream import KEYS_MAX, Fetch

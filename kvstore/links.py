@@ -10,16 +10,8 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from kvstore.errors import BodySizeError
-from kvstore.link import (
-    MESSAGE_BYTES,
-    PATH,
-    PROTOCOL,
-    Link,
-    LinkBody,
-    LinkClosedError,
-    pack_message,
-    unpack_message,
-)
+from kvstore.link import MESSAGE_BYTES, PATH, PROTOCOL, Link, LinkClosedError, pack_message, unpack_message
+from kvstore.link_body import LinkBody
 
 _HEAD_BYTES_MAX = 16 << 10
 _REFUSED_S = 60.0

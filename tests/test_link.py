@@ -28,7 +28,8 @@ from kvstore.errors import (
 from kvstore.frame import Frame, pack_frame
 from kvstore.header import Header
 from kvstore.keys import ChunkKey
-from kvstore.link import IN_PARTS, PROTOCOL, Link, LinkBody, LinkClosedError, pack_message, pack_part, unpack_message
+from kvstore.link import PROTOCOL, Link, LinkClosedError, pack_message, unpack_message
+from kvstore.link_body import IN_PARTS, LinkBody, pack_part
 from kvstore.server import running_server
 from kvstore.testing import make_frame
 from kvstore.wire import DamagedFrameError, read_batch

@@ -120,10 +120,13 @@ class BatchRoutes:
         start, window = 0, _GET_WINDOW if part_bytes is None else 1
         room_bytes = self._receiver.limit_bytes
         while start < min(len(keys), _GET_KEYS_MAX):
-            count = await self._fitting(stored[start : start + window], level, room_bytes)
-            if start and not count:
-                break
-            end = start + max(1, count)
+            end = start + 1
+            # The first is sent however large it is.
+            if start or window > 1:
+                count = await self._fitting(stored[start : start + window], level, room_bytes)
+                if start and not count:
+                    break
+                end = start + max(1, count)
             found = await self.backend.get(stored[start:end], level=level)
             yield [own(key, frame) for key, frame in zip(keys[start:end], found, strict=True)]
             got_bytes = sum(frame.size_bytes for frame in found if isinstance(frame, Frame))

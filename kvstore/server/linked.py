@@ -19,18 +19,16 @@ from kvstore.config import ServerConfig
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.keys import ChunkKey
 from kvstore.link import (
-    IN_PARTS,
     MESSAGE_BYTES,
     PATH,
     PROTOCOL,
     TARGET_BYTES_MAX,
     Link,
-    LinkBody,
     LinkClosedError,
     pack_message,
-    pack_part,
     unpack_message,
 )
+from kvstore.link_body import IN_PARTS, LinkBody, pack_part
 from kvstore.metrics import Metrics
 from kvstore.server.auth import Tenants
 from kvstore.server.batch import BatchRoutes

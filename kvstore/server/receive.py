@@ -19,7 +19,8 @@ from kvstore.errors import (
 )
 from kvstore.frame import Frame, blob_frame
 from kvstore.keys import DIGEST_BYTES, ChunkKey
-from kvstore.link import Link, LinkBody
+from kvstore.link import Link
+from kvstore.link_body import LinkBody
 from kvstore.metrics import Metrics
 from kvstore.wire import (
     BATCH_TYPE,
