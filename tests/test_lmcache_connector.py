@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,6 +268,9 @@ def test_a_head_dimension_that_divides_nothing_is_refused() -> None:
     [
         ({}, "url"),
         ({"url": "redis://127.0.0.1"}, "url"),
+        ({"url": "http://"}, "url"),
+        ({"url": "http://127.0.0.1:kv"}, "url"),
+        ({"url": "http://127.0.0.1:99999"}, "url"),
         ({"url": URL, "chunk_tokens": 256}, "chunk_tokens"),
         ({"url": URL, "pipeline": "ladder"}, "pipeline"),
         ({"url": URL, "pipeline": "ladder-repeats"}, "pipeline"),
@@ -422,6 +426,26 @@ def test_the_guard_learns_from_a_load_that_came_late() -> None:
         assert not any(stalled.store.load(chunks).result())
         stalled.gate(True)
         assert find() == 0
+
+
+def test_a_call_that_fails_before_it_is_waited_for_is_counted_and_does_not_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        work.close()
+        failed: Future[Any] = Future()
+        failed.set_exception(ValueError("on purpose"))
+        return failed
+
+    with Stalled() as stalled:
+        with monkeypatch.context() as patch:
+            patch.setattr(stalled.store._background, "submit", fail)
+            asking = threading.Thread(target=stalled.store.probe, daemon=True)
+            asking.start()
+            asking.join(10)
+            assert not asking.is_alive()
+        assert stalled.store.status()["internal_errors"] == 1
+        assert stalled.store.status()["calls"] == 0
 
 
 def test_closing_sees_stores_through_and_leaves_no_thread() -> None:
@@ -619,6 +643,25 @@ async def test_a_wrong_token_is_named_at_start(lmcache: Any, start: Start) -> No
         adapter.close()
 
     await asyncio.to_thread(run)
+    with pytest.raises(SystemExit, match="set token or KVSTORE_TOKEN"):
+        await asyncio.to_thread(connect, lmcache, context_of(server.url, Memory(), token="wrong", fail_open=False))
+
+
+async def test_with_a_wrong_token_lmcache_runs_without_the_store(
+    lmcache: Any, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await start(token="right")
+
+    def run() -> None:
+        adapter = adapter_of(lmcache, server.url, token="wrong")
+        calls = Controllers(adapter)
+        assert calls.look_up(object_keys(2), {0: numbers()}) == [False, False]
+        assert calls.store(object_keys(1), [Buffer(numbers())]) == -1
+        assert adapter.report_status()["token_errors"] >= 2
+        adapter.close()
+
+    await asyncio.to_thread(run)
+    assert "set token or KVSTORE_TOKEN" in caplog.text
 
 
 # The remote connector.
@@ -791,6 +834,10 @@ async def test_fail_closed_ends_the_process_as_lmcache_goes_on_after_every_error
         connect(lmcache, context_of(URL, Memory(), fail_open=False))
     with pytest.raises(SystemExit, match="head_dim"):
         connect(lmcache, context_of(URL, Memory(), fail_open="false", head_dim="many"))
+    with pytest.raises(SystemExit, match="url"):
+        connect(lmcache, context_of("lm://127.0.0.1:65432", Memory(), fail_open=False))
+    with pytest.raises(SystemExit, match="colour"):
+        connect(lmcache, context_of(URL, Memory(), fail_open=False, colour="red"))
 
 
 def test_the_double_has_what_lmcache_has() -> None:

@@ -180,13 +180,15 @@ class ChunkStore:
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
-            if not self._closing:
+            running = None if self._closing else self._background.submit(work)
+            if running is not None:
                 self._pending.add(future)
-                running = self._background.submit(work)
-                running.add_done_callback(lambda done: self._settle(future, done, otherwise))
-                return future
-        work.close()
-        future.set_result(otherwise)
+        if running is None:
+            work.close()
+            future.set_result(otherwise)
+        else:
+            # Not under the lock: what is done already calls back at once, from here.
+            running.add_done_callback(lambda done: self._settle(future, done, otherwise))
         return future
 
     def _settle(self, future: "Future[T]", done: "Future[T]", otherwise: T) -> None:
