@@ -8,7 +8,6 @@ This file translates between the engine's interface and the two halves that do t
 `vllm_worker`. Whatever fails, the engine computes what it did not get; docs/engines.md says what is counted.
 """
 
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,24 +34,18 @@ from kvstore.connectors.paged import Pages, packed_pages, probe_orders, strided_
 from kvstore.connectors.vllm_bystander import Bystander
 from kvstore.connectors.vllm_events import Change
 from kvstore.connectors.vllm_identity import is_latent, layer_order, read_layouts
-from kvstore.connectors.vllm_options import Options, is_fail_open, read_options
+from kvstore.connectors.vllm_options import is_fail_open, read_options
 from kvstore.connectors.vllm_plan import COUNTERS, Counters, Report, Step
 from kvstore.connectors.vllm_scheduler import SchedulerSide
+from kvstore.connectors.vllm_start import check_server, check_version, log_open
 from kvstore.connectors.vllm_worker import WorkerSide
-from kvstore.errors import AuthError, ConfigError, KVStoreError
-from kvstore.keys import chunk_keys
-from kvstore.layout import Layout
+from kvstore.errors import KVStoreError
 from kvstore.tiers import TieredBackend
-
-TESTED = ((0, 32), (0, 33))
-"""Versions of vLLM that this was tested with: from the first on, below the second."""
 
 _LATENCY_S = 0.003
 """Time that a fetch takes beside arrival and decoding: the way to the workers and back, in steps of the engine."""
 
 _MARGIN = 0.05
-
-log = logging.getLogger("vllm.kvstore")
 
 
 @dataclass
@@ -151,7 +144,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self.shutdown()
             if not is_fail_open(extra):
                 raise
-            _log_open(exc)
+            log_open(exc)
             if role is KVConnectorRole.WORKER:
                 self._worker = Bystander(self._counters)
 
@@ -227,7 +220,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if not is_fail_open(self._kv_transfer_config.kv_connector_extra_config):
                 raise
             self.shutdown()
-            _log_open(exc)
+            log_open(exc)
             self._worker = Bystander(self._counters)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -312,7 +305,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 announces=announces,
             )
             return
-        self._check_server(options, client, layouts[0])
+        check_server(options, client, layouts[0], self._background)
         self._scheduler = SchedulerSide(
             options,
             layouts,
@@ -327,39 +320,10 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             announces=announces,
         )
 
-    def _check_server(self, options: Options, client: Client, layout: Layout) -> None:
-        """Ask the server once.
-
-        Raises:
-            ConfigError: It refuses this engine, or is not there and `fail_open` is false.
-        """
-        assert self._background is not None
-        asked = self._background.submit(client.match(chunk_keys(layout, [0] * layout.chunk_tokens)))
-        try:
-            asked.result(options.match_s)
-        except AuthError as exc:
-            raise ConfigError(f"option 'token': {options.url} refuses it: set it to the server's token") from exc
-        except (KVStoreError, TimeoutError) as exc:
-            asked.cancel()
-            problem = f"option 'url': {options.url} does not answer ({exc or 'no answer in time'})"
-            if not options.fail_open:
-                raise ConfigError(f"{problem}: start the server with 'kvstore serve', or correct the url") from exc
-            log.warning("kvstore: %s; the engine computes everything until it does", problem)
-
     def _step(self) -> Step:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata.step
-
-
-def _log_open(exc: Exception) -> None:
-    """Say why the engine runs without kvstore; what nobody foresaw is shown with its traceback."""
-    unforeseen = None if isinstance(exc, KVStoreError) else exc
-    log.error(
-        "kvstore: %s. The engine runs without it, because fail_open is true.",
-        repr(unforeseen) if unforeseen else exc,
-        exc_info=unforeseen,
-    )
 
 
 def _event(change: Change, block_tokens: int) -> Any:
@@ -382,21 +346,6 @@ def _event(change: Change, block_tokens: int) -> Any:
         extra_keys=salt,
         **where,
     )
-
-
-def check_version(version: str, options: Options) -> None:
-    """Refuse versions of the engine that were not tested.
-
-    Raises:
-        ConfigError: This is one, and the option `untested_version` is not set.
-    """
-    first, end = (".".join(map(str, bound)) for bound in TESTED)
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    if not TESTED[0] <= numbers < TESTED[1] and not options.untested_version:
-        raise ConfigError(
-            f"vLLM {version} is not among the tested versions (from {first}, below {end}): install one of them, "
-            "or set option 'untested_version' to true"
-        )
 
 
 def _pages(layers: list[torch.Tensor], spec: Any) -> Pages:

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
@@ -21,6 +20,7 @@ from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_plan
 from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save
+from kvstore.connectors.vllm_transfers import Loading, Staged
 from kvstore.errors import BackendUnavailableError, FrameCorruptError, FrameError, KVStoreError, PipelineError
 from kvstore.frame import Frame
 from kvstore.header import Behind
@@ -40,39 +40,6 @@ _REASONS: Mapping[Reason, str] = {
 _PAUSE_S = 1.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Loading:
-    """A load under way. Under its lock, nothing is written to the engine's blocks any more once it is closed."""
-
-    load: Load
-    started_s: float
-    ended_s: float = 0.0
-    task: "Future[None] | None" = None
-    lock: Lock = field(default_factory=Lock)
-    closed: bool = False
-    done: set[int] = field(default_factory=set)
-    behind: Behind | None = None
-    reason: str | None = None
-    size_bytes: int = 0
-    arrived_s: float = 0.0
-    lossy_chunks: int = 0
-
-    @property
-    def chunks(self) -> int:
-        """Leading chunks that are written."""
-        return next(number for number in range(self.load.chunks + 1) if number not in self.done)
-
-
-@dataclass
-class _Staged:
-    """A chunk on its way out of the engine's cache: its planes fill layer by layer."""
-
-    save: Save
-    number: int
-    planes: dict[str, torch.Tensor]
-    layers: int = 0
 
 
 class WorkerSide:
@@ -116,12 +83,12 @@ class WorkerSide:
         self._pages: Pages | None = None
         self._kernels: KernelDecoder | None = None
         self._chunk_blocks = 0
-        self._loading: dict[str, _Loading] = {}
-        self._ended: list[_Loading] = []
+        self._loading: dict[str, Loading] = {}
+        self._ended: list[Loading] = []
         self._ended_lock = Lock()
         self._invalid: set[int] = set()
         self._report = Report()
-        self._staged: list[_Staged] = []
+        self._staged: list[Staged] = []
         self._begun = False
         self._in_flight: set[ChunkKey] = set()
         # All loads share it: it bounds what is fetched and not yet in the engine's cache.
@@ -144,7 +111,7 @@ class WorkerSide:
             if request_id in self._loading:
                 self._close(self._loading[request_id], "aborted")
         for load in loads:
-            loading = _Loading(load, time.monotonic())
+            loading = Loading(load, time.monotonic())
             self._loading[load.request_id] = loading
             if self._pages is None:
                 self._close(loading, "error")
@@ -210,7 +177,7 @@ class WorkerSide:
         """Whether loads or saves are under way."""
         return bool(self._loading or self._queue.used_bytes)
 
-    async def _load(self, loading: _Loading) -> None:
+    async def _load(self, loading: Loading) -> None:
         load = loading.load
         tasks: list[asyncio.Task[str | None]] = []
         reason: str | None = "aborted"
@@ -233,7 +200,7 @@ class WorkerSide:
                 task.cancel()
             self._close(loading, reason)
 
-    async def _load_batch(self, loading: _Loading, numbers: range) -> str | None:
+    async def _load_batch(self, loading: Loading, numbers: range) -> str | None:
         """Fetch chunks and write them to their blocks; why that ended early."""
         async with self._gate:
             keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
@@ -250,7 +217,7 @@ class WorkerSide:
                     return reason
         return None
 
-    def _place(self, loading: _Loading, number: int, key: ChunkKey, frame: Frame) -> str | None:
+    def _place(self, loading: Loading, number: int, key: ChunkKey, frame: Frame) -> str | None:
         """Decode a chunk and write it to its blocks; why that cannot be done."""
         load, header = loading.load, frame.head.header
         if header.first_position != (load.first + number) * self._layout.chunk_tokens:
@@ -294,7 +261,7 @@ class WorkerSide:
         if blocks.is_cuda:
             torch.cuda.current_stream(blocks.device).synchronize()
 
-    def _close(self, loading: _Loading, reason: str | None) -> None:
+    def _close(self, loading: Loading, reason: str | None) -> None:
         """End a load: from here on nothing of it is written, and the engine may have its blocks back."""
         with loading.lock:
             if loading.closed:
@@ -307,7 +274,7 @@ class WorkerSide:
         with self._ended_lock:
             self._ended.append(loading)
 
-    def _count_load(self, loading: _Loading, result: Loaded) -> None:
+    def _count_load(self, loading: Loading, result: Loaded) -> None:
         load, block_tokens = loading.load, self._layout.chunk_tokens // self._chunk_blocks
         loaded = max(0, min(result.chunks * self._chunk_blocks, load.end) - load.skip) * block_tokens
         self._counters.add("loads")
@@ -334,12 +301,12 @@ class WorkerSide:
                     self._counters.add("save_exists")
                 elif self._queue.take(self._layout.chunk_bytes):
                     self._in_flight.add(key)
-                    self._staged.append(_Staged(save, number, empty_planes(self._layout)))
+                    self._staged.append(Staged(save, number, empty_planes(self._layout)))
                 else:
                     self._counters.add("save_dropped")
                     self._tell([key], held=False)
 
-    def _copy(self, staged: _Staged, layer: int) -> None:
+    def _copy(self, staged: Staged, layer: int) -> None:
         """Copy one layer, if it is the next one."""
         assert self._pages is not None
         if layer != staged.layers:
@@ -349,7 +316,7 @@ class WorkerSide:
         gather_layer(self._pages, layer, blocks, staged.planes)
         staged.layers += 1
 
-    def _store(self, jobs: Sequence[_Staged]) -> None:
+    def _store(self, jobs: Sequence[Staged]) -> None:
         """Encode chunks and send them; runs in the encoder's thread."""
         try:
             items = [self._encode(staged) for staged in jobs]
@@ -364,7 +331,7 @@ class WorkerSide:
             return
         sent.add_done_callback(lambda done: self._stored(jobs, items, done))
 
-    def _encode(self, staged: _Staged) -> tuple[ChunkKey, Frame]:
+    def _encode(self, staged: Staged) -> tuple[ChunkKey, Frame]:
         save, tokens = staged.save, self._layout.chunk_tokens
         context = Context(
             first_position=(save.first + staged.number) * tokens, token_ids=save.tokens_of(staged.number, tokens)
@@ -374,7 +341,7 @@ class WorkerSide:
         return key, frame if save.behind is None else derived(frame, save.behind)
 
     def _stored(
-        self, jobs: Sequence[_Staged], items: Sequence[tuple[ChunkKey, Frame]], done: "Future[list[Stored]]"
+        self, jobs: Sequence[Staged], items: Sequence[tuple[ChunkKey, Frame]], done: "Future[list[Stored]]"
     ) -> None:
         held: list[ChunkKey] = []
         try:
@@ -396,7 +363,7 @@ class WorkerSide:
         finally:
             self._release(jobs, held)
 
-    def _release(self, jobs: Sequence[_Staged], held: Collection[ChunkKey]) -> None:
+    def _release(self, jobs: Sequence[Staged], held: Collection[ChunkKey]) -> None:
         """Forget chunks whose saving has ended, and give their memory back."""
         keys = [staged.save.keys[self._rank][staged.number] for staged in jobs]
         self._in_flight.difference_update(keys)
