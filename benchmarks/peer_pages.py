@@ -11,7 +11,8 @@ _TEXT = """\
 One process with the clients and each store's own server process on one machine, over loopback TCP, nothing
 persisted. In every round each cell of a size is measured once, in an order drawn anew. Every store is driven
 with one connection a client through the fastest client that it has here. *kvstore*: `Client`, all clients in
-one event loop; the server verifies checksums of every put and get, and the client of every get. *redis*:
+one event loop; the server verifies checksums of every put and get, and the client of every get; its *exists* is
+a `match`, whose answer also tells tier, levels and sizes. *redis*:
 redis-py with hiredis, once asynchronous in one event loop, once blocking with a thread for each client; nobody
 verifies anything. *lmcache*: `lmcache_server`, asked over its own messages by blocking sockets in threads,
 without its client's tensors; values are received into buffers that are used again and never handed out, which a
