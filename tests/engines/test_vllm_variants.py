@@ -1,7 +1,6 @@
 """The vLLM connector in engines that are set up in other ways, and where it cannot work as it is configured."""
 
 import base64
-import socket
 import subprocess
 import threading
 import time
@@ -150,19 +149,18 @@ def test_latent_attention(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1800)
 def test_stored_and_lost_blocks_are_announced(tmp_path: Path, prompts: list[list[int]]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     with kvstore_server("--disk", "0") as (url, _):
         link = RelayThread(int(url.rsplit(":", 1)[1]))
         extra = {"url": link.relay.url, "chunk_tokens": CHUNK, "guard": False}
-        engine = VllmEngine(tmp_path / "engine.log", extra, events=endpoint)
+        engine = VllmEngine(tmp_path / "engine.log", extra, events=True)
         try:
             # Who subscribes misses what was said before.
-            for seed in range(200):
-                engine.generate([2 + seed] * 70)
+            for seed in range(100):
+                engine.generate([2 + seed] * 70, 1)
                 if engine.ask({"events": True}):
                     break
+            else:
+                raise AssertionError("the engine publishes nothing")
             engine.generate(prompts[0])
             # The engine needs no other request to say it.
             found: list[dict[str, Any]] = []

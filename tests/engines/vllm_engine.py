@@ -3,7 +3,7 @@
 Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily, with `"log_p": true` and the whole
 distribution of every token; `{"metrics": true}` gives the counters, `{"reset": true}` empties the engine's own cache,
 `{"versions": true}` gives those of packages, and `{"events": true}` what the engine published about blocks since the
-last time (the first line names an endpoint as `events`).
+last time (where the first line has `"events": true`).
 Nothing but answers goes to standard output.
 """
 
@@ -22,9 +22,8 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if llm is None:
-            endpoint = command.pop("events", None)
+            events, endpoint = _subscribe() if command.pop("events", False) else (None, None)
             llm = _build(command, endpoint)
-            events = None if endpoint is None else _subscribe(endpoint)
             print(json.dumps({"ready": True}), file=answers)
         elif command.get("events"):
             print(json.dumps(_published(events)), file=answers)
@@ -44,13 +43,13 @@ def _build(settings: dict[str, Any], endpoint: str | None) -> Any:
     return LLM(kv_transfer_config=config, disable_log_stats=False, **settings)
 
 
-def _subscribe(endpoint: str) -> Any:
+def _subscribe() -> tuple[Any, str]:
+    """A socket that takes events, and the endpoint that an engine sends them to."""
     import zmq  # type: ignore[import-not-found]
 
     socket = zmq.Context.instance().socket(zmq.SUB)
-    socket.connect(endpoint)
     socket.setsockopt(zmq.SUBSCRIBE, b"")
-    return socket
+    return socket, f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
 
 
 def _published(socket: Any) -> list[dict[str, Any]]:
