@@ -67,6 +67,11 @@ def _parse_target(text: bytes) -> _Target:
 _namespace_of = lru_cache(maxsize=1024)(namespace_of)
 
 
+def _in(seconds: float) -> float:
+    """A time of the loop's clock."""
+    return asyncio.get_running_loop().time() + seconds
+
+
 class LinkRoutes:
     """The handler that upgrades connections, and those of the requests on them.
 
@@ -139,10 +144,6 @@ class LinkRoutes:
             link.close()
         await asyncio.gather(*tasks)
 
-    @property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
-
     async def _serve(self, link: Link, tenant: str) -> None:
         """Answer requests until the client has gone or does not keep to the protocol."""
         try:
@@ -152,7 +153,7 @@ class LinkRoutes:
                     return
                 with self._running:
                     if (text := link.taken(target_bytes)) is None:
-                        with link.limited(self._loop.time() + self._timeout_s):
+                        with link.limited(_in(self._timeout_s)):
                             text = await link.take(target_bytes)
                     await self._answer(_Request(tenant, _parse_target(text), link, LinkBody(link, body_bytes)))
         except (ConnectionError, TimeoutError):
@@ -189,7 +190,7 @@ class LinkRoutes:
         if isinstance(exc, TimeoutError):
             raise LinkClosedError("what else the client sends is not waited for") from exc
         # The client sends to the end before it listens.
-        with request.link.limited(self._loop.time() + _DISCARD_S):
+        with request.link.limited(_in(_DISCARD_S)):
             await request.body.discard()
         return answer.status
 
@@ -257,7 +258,7 @@ class LinkRoutes:
         if request.link.send_some(views):
             return
         try:
-            with request.link.limited(self._loop.time() + self._timeout_s + size_bytes / SLOWEST_BYTES_PER_S):
+            with request.link.limited(_in(self._timeout_s + size_bytes / SLOWEST_BYTES_PER_S)):
                 await request.link.send(())
         except TimeoutError as exc:
             raise LinkClosedError("the client does not take its answer") from exc
