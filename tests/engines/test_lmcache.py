@@ -1,193 +1,25 @@
-"""The LMCache connector in real LMCache: its L2 adapter alone, in LMCache's server behind vLLM, and in its engine.
+"""The LMCache connector in real LMCache: its L2 adapter alone, and its remote connector in LMCache's engine.
 
-Run by `make test-engines` in an environment with LMCache and vLLM.
+Run by `make test-engines` in an environment with LMCache. The adapter behind vLLM is in `test_lmcache_chain`.
 """
 
 import json
-import os
-import random
-import re
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import Serve
+from tests.engines.conftest import ROOT
+from tests.engines.lmcache_chain import Child
 from tests.engines.lmcache_engine import CHUNK
 from tests.engines.lmcache_signatures import record
 from tests.lmcache_double import RECORD, Controllers
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-MODEL = Path(os.environ.get("KVSTORE_TEST_MODEL", ROOT / "kvstore" / "demo" / "shakespeare-llama"))
-CHUNK_TOKENS = 64
-ENVIRON = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-
-
-class Child:
-    """A process of an engine, whose output goes to a file; it is stopped by its id."""
-
-    def __init__(
-        self, command: Sequence[str], log: Path, environ: Mapping[str, str] = MappingProxyType({}), **pipes: Any
-    ) -> None:
-        self.log = log
-        engine = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                stderr=out,
-                env={**os.environ, **ENVIRON, **engine, **environ},
-                cwd=log.parent,
-                text=True,
-                start_new_session=True,
-                **{"stdout": out} | pipes,
-            )
-
-    def stop(self) -> None:
-        """Ask it to end, and see that it does."""
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(60)
-        self.kill()
-
-    def kill(self) -> None:
-        """End it with every process that it has started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def text(self) -> str:
-        """What it has printed."""
-        return self.log.read_text(errors="replace")
-
-
-Start = Callable[..., Any]
-
-
-@pytest.fixture
-def children() -> Iterator[list[Child]]:
-    started: list[Child] = []
-    yield started
-    for child in reversed(started):
-        child.stop()
-
-
-def wait_for(what: Callable[[], Any], child: Child, limit_s: float = 120.0) -> Any:
-    """What a call returns as soon as it is true."""
-    ends = time.monotonic() + limit_s
-    while time.monotonic() < ends:
-        assert child.process.poll() is None, child.text()[-3000:]
-        with suppress(OSError):
-            if found := what():
-                return found
-        time.sleep(0.2)
-    raise AssertionError(f"nothing after {limit_s} s: {child.text()[-3000:]}")
-
-
-class LMCacheServer:
-    """`lmcache server` with our L2 adapter, started by the example."""
-
-    def __init__(self, children: list[Child], log: Path, ports: tuple[int, int], url: str) -> None:
-        self.port, self._http_port = ports
-        ours = {
-            "LMCACHE_PORT": str(self.port),
-            "LMCACHE_HTTP_PORT": str(self._http_port),
-            "CHUNK_TOKENS": str(CHUNK_TOKENS),
-            # This machine may be busy with compiling vLLM's kernels.
-            "LOOKUP_DEADLINE_S": "10",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        self.child = Child([str(ROOT / "examples" / "lmcache_server.sh"), url], log, ours)
-        children.append(self.child)
-        wait_for(lambda: self.ask("/healthcheck"), self.child)
-
-    def ask(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._http_port}{path}", timeout=5) as answer:
-            return str(answer.read().decode())
-
-    def adapter(self) -> dict[str, Any]:
-        """What our adapter says of itself."""
-        [status] = json.loads(self.ask("/status"))["storage_manager"]["l2_adapters"]
-        return dict(status)
-
-    def counter(self, name: str) -> float:
-        """Value of a counter on LMCache's `/metrics`."""
-        found = re.search(rf"^kvstore_lmcache_{name}_total (\S+)$", self.ask("/metrics"), re.MULTILINE)
-        return float(found[1]) if found else 0.0
-
-
-class Engine:
-    """vLLM as a process that prefills through an LMCache server."""
-
-    def __init__(self, children: list[Child], log: Path, port: int) -> None:
-        command = [sys.executable, str(HERE / "vllm_engine.py")]
-        self.child = Child(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        children.append(self.child)
-        transfer = {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
-        }
-        settings = {
-            "model": str(MODEL),
-            "dtype": "bfloat16",
-            "max_model_len": 2048,
-            "enforce_eager": True,
-            "block_size": 32,
-            "max_num_seqs": 8,
-            "kv_transfer": transfer,
-        }
-        assert self.ask(settings) == {"ready": True}
-
-    def ask(self, command: dict[str, Any]) -> Any:
-        assert self.child.process.stdin is not None
-        assert self.child.process.stdout is not None
-        self.child.process.stdin.write(json.dumps(command) + "\n")
-        self.child.process.stdin.flush()
-        line = self.child.process.stdout.readline()
-        assert line, self.child.text()[-3000:]
-        return json.loads(line)
-
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int = 16) -> list[dict[str, Any]]:
-        """Greedy answers, one prompt after the other: `tokens`, and `cached` tokens of the prompt."""
-        return [self.ask({"prompts": [list(prompt)], "tokens": tokens})[0] for prompt in prompts]
-
-    def stop(self) -> None:
-        self.child.stop()
-
-
-@pytest.fixture
-def ports(unused_ports: Callable[[int], list[int]]) -> tuple[int, int]:
-    first, second = unused_ports(2)
-    return first, second
-
-
-@pytest.fixture
-def unused_ports() -> Callable[[int], list[int]]:
-    import socket
-
-    def find(count: int) -> list[int]:
-        probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        found = [probe.getsockname()[1] for probe in probes]
-        for probe in probes:
-            probe.close()
-        return found
-
-    return find
-
-
-def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    source = random.Random(seed)
-    return [[source.randrange(3, 1000) for _ in range(length)] for length in lengths]
 
 
 # The contract.
@@ -341,54 +173,3 @@ def test_the_engine_stops_at_start_where_it_is_told_so(serve: Serve, tmp_path: P
     process.kill()
     program = Program(tmp_path, process.url, fail_open=False)
     assert "start it with 'kvstore serve'" in program.run("load")["refused"]
-
-
-# vLLM -> LMCache's server -> our adapter -> kvstore, and all but the last fresh on the reading side.
-
-
-def test_vllm_reads_through_a_fresh_lmcache_what_another_stored(
-    serve: Serve, children: list[Child], tmp_path: Path, ports: tuple[int, int]
-) -> None:
-    url = serve().url
-    asked = prompts([300, 1000])
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, url)
-    engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
-    expected = engine.generate(asked)
-    assert [one["cached"] for one in expected] == [0, 0]
-    whole = [len(prompt) // CHUNK_TOKENS for prompt in asked]
-    wait_for(lambda: writer.adapter().get("stored_chunks", 0) == sum(whole), writer.child)
-    engine.stop()
-    writer.child.stop()
-
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, url)
-    engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
-    found = engine.generate(asked)
-    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
-    assert [one["cached"] for one in found] == [chunks * CHUNK_TOKENS for chunks in whole]
-    status = reader.adapter()
-    assert status["loaded_chunks"] == sum(whole)
-    assert reader.counter("loaded_chunks") == sum(whole)
-    assert "stored_chunks" not in status, "what was loaded is not stored again"
-
-
-def test_vllm_computes_what_a_killed_server_cannot_give(
-    serve: Serve, children: list[Child], tmp_path: Path, ports: tuple[int, int]
-) -> None:
-    process = serve()
-    asked = prompts([300], seed=1)
-    writer = LMCacheServer(children, tmp_path / "lmcache-1.log", ports, process.url)
-    engine = Engine(children, tmp_path / "vllm-1.log", writer.port)
-    expected = engine.generate(asked)
-    wait_for(lambda: writer.adapter().get("stored_chunks", 0) == 300 // CHUNK_TOKENS, writer.child)
-    engine.stop()
-    writer.child.stop()
-    process.kill()
-
-    reader = LMCacheServer(children, tmp_path / "lmcache-2.log", ports, process.url)
-    engine = Engine(children, tmp_path / "vllm-2.log", reader.port)
-    found = engine.generate(asked)
-    assert found[0]["tokens"] == expected[0]["tokens"]
-    assert found[0]["cached"] == 0
-    status = reader.adapter()
-    assert status["missed_breaker_chunks"] >= 300 // CHUNK_TOKENS
-    assert status["errors"] >= 1
