@@ -511,11 +511,12 @@ async def test_a_deadline_ends_whoever_still_waits_and_may_be_moved() -> None:
         # A timer is set for later than this.
         with pytest.raises(TimeoutError), left.limited(loop.time() + 0.02):
             await left.take(1)
-        with left.limited(loop.time() + 0.02):
+        with left.limited(ends_s := loop.time() + 0.3):
             waiting = asyncio.create_task(left.take(1))
             await asyncio.sleep(0)
             left.reschedule(loop.time() + 3600)
-            await asyncio.sleep(0.05)
+            while loop.time() < ends_s + 0.01:
+                await asyncio.sleep(0.01)
             await right.send([b"b"])
             assert await waiting == b"b"
         with pytest.raises(TimeoutError), right.limited(loop.time() + 0.02):
