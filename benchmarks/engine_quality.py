@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.cache import documents, load_text, text_windows
-from benchmarks.engine_reader import TOKENS, Reader, Run, differences, kl_nats, leading
+from benchmarks.engine_reader import TOKENS, LogP, Reader, Run, differences, kl_nats, leading
 from benchmarks.harness import Aim, Row, argument_parser, at_least, at_most, output_path, write_result
 from benchmarks.lookup import lookup_prompt
 from benchmarks.quality_methods import make_artefact
@@ -91,7 +91,7 @@ class _Bench:
         self._calibration: Path = args.calibration
         self._quick: bool = args.quick
         self._own: list[Run] = []
-        self._exact: list[list[Run]] = []
+        self._exact: list[list[LogP]] = []
         self.rows: list[Row] = []
         self.versions: dict[str, str] = {}
         self._stack = ExitStack()
@@ -177,7 +177,7 @@ class _Bench:
         found = []
         for number, ids in enumerate(self._prompts):
             self._progress.update(self._bar, description=what, advance=1)
-            found.append(reader.run(ids, TOKENS, None if follow is None else follow[number].tokens))
+            found.append(reader.run(ids, None if follow is None else follow[number].tokens))
         return found
 
     def _tell(self, recomputed: list[Run]) -> None:
@@ -237,7 +237,7 @@ class _Bench:
             start = OPENING_TOKENS + turn * (USER_TOKENS + ANSWER_TOKENS)
             yield start, start + ANSWER_TOKENS
 
-    def _exact_turns(self, writer: Reader, ids: list[int]) -> list[Run]:
+    def _exact_turns(self, writer: Reader, ids: list[int]) -> list[LogP]:
         """Every turn behind the engine's own cache, which is never emptied."""
         found = []
         for start, end in self._ends():
@@ -266,7 +266,7 @@ class _Bench:
                 reader.changed()
                 found = reader.along(ids[:start], ids[start:end])
                 loaded[turn] += reader.changed().get("loaded_tokens", 0)
-                kls[turn].append(kl_nats(exact[turn].log_p, found.log_p))
+                kls[turn].append(kl_nats(exact[turn], found))
                 reader.compute([ids[:end]])
                 if variant == "store_derived on" or (variant == "store_derived off" and not turn):
                     reader.wait_stored([ids[:end]])

@@ -19,8 +19,8 @@ _LEVELS_TEXT = """\
 **Ratio** is bytes of K and V in bfloat16 by bytes of the frames received, both workloads together. **Identical**
 outputs are those with all 16 tokens the same; **agreement** is the share of tokens before the first difference.
 **Answers** are those to the question, right to the last digit. **KL** is KL(own cache || loaded) of the next-token
-distributions in nats: of the first token, and the mean of 16 along the own cache's continuation. *recomputed* is
-what the engine gave before it had anything cached."""
+distributions in nats: of the first token, and the mean of every fourth one along the own cache's continuation.
+*recomputed* is what the engine gave before it had anything cached."""
 
 _RECOMPUTE_TEXT = """\
 Where the same engine without anything loaded, computing the whole prompt, first leaves the continuation that its own
@@ -29,10 +29,11 @@ cache gives. **Margin** is by how many nats the own cache preferred its token to
 _CONVERSATION_TEXT = """\
 Conversations of test text: an opening of 512 tokens, then 128 tokens of the user in each turn, with 16 tokens of
 answer behind each. Before every turn the engine's own cache is emptied, and the server holds level 0 of
-`ladder-repeats` only (*raw*: all bytes of the whole conversation). All variants see the same tokens. *one lossy load*: the whole prefix was
-computed exactly, and is loaded once at level 0. *store_derived off* (the default): what is computed behind a lossy
-prefix is not stored, so the opening alone comes back. *store_derived on*: it is stored, so loss stands on loss.
-**KL** is the mean over the answers of all conversations, against an engine that keeps its own cache, in nats."""
+`ladder-repeats` only (*raw*: all bytes of the whole conversation). All variants see the same tokens. *one lossy
+load*: the whole prefix was computed exactly, and is loaded once at level 0. *store_derived off* (the default): what
+is computed behind a lossy prefix is not stored, so the opening alone comes back. *store_derived on*: it is stored,
+so loss stands on loss. **KL** is the mean over every fourth token of the answers of all conversations, against an
+engine that keeps its own cache, in nats."""
 
 _COLOURS = {
     "raw": "#7f7f7f",

@@ -19,6 +19,9 @@ from tests.engines.conftest import VllmEngine
 TOKENS = 16
 """Length of a greedy continuation."""
 
+POSITIONS = (0, 4, 8, 12)
+"""Tokens of a continuation whose distributions are compared."""
+
 _STORED_S = 120.0
 T = TypeVar("T")
 
@@ -28,10 +31,17 @@ LogP = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What an engine made of a prompt: its greedy continuation, and distributions along a given one."""
+    """What an engine made of a prompt.
+
+    Args:
+        tokens: Its greedy continuation.
+        log_p: Distributions at `POSITIONS` of a given continuation.
+        own_log_p: Distributions of the greedy one.
+    """
 
     tokens: list[int]
     log_p: LogP
+    own_log_p: LogP
 
 
 class Reader:
@@ -50,22 +60,20 @@ class Reader:
         self._counts: dict[str, float] = {}
         self.token_bytes = layout.chunk_bytes // layout.chunk_tokens
 
-    def run(self, ids: list[int], tokens: int, follow: Sequence[int] | None) -> Run:
+    def run(self, ids: list[int], follow: Sequence[int] | None) -> Run:
         """The greedy continuation, and the distributions along `follow`; without it along the greedy one."""
-        [greedy] = self._ask([ids], tokens)
-        if follow is None:
-            return greedy
+        [greedy] = self._ask([ids], TOKENS)
+        follow = greedy.tokens if follow is None else follow
         # As long as the tokens are the same, their distributions are those that are wanted.
-        same = min(leading(greedy.tokens, follow) + 1, tokens)
-        rest = self._ask([ids + list(follow[:n]) for n in range(same, tokens)], 1)
-        return Run(greedy.tokens, np.concatenate([greedy.log_p[:same], *(one.log_p for one in rest)]))
+        same = leading(greedy.tokens, follow)
+        own = [greedy.log_p[[n]] for n in POSITIONS if n <= same]
+        rest = self._ask([ids + list(follow[:n]) for n in POSITIONS if n > same], 1)
+        return Run(greedy.tokens, np.concatenate([*own, *(one.log_p for one in rest)]), greedy.log_p)
 
-    def along(self, ids: list[int], follow: Sequence[int]) -> Run:
+    def along(self, ids: list[int], follow: Sequence[int]) -> LogP:
         """The distributions of given tokens; the first goes alone, so that the others find its prefix in the cache."""
-        first = self._ask([ids], 1)
-        rest = self._ask([ids + list(follow[:n]) for n in range(1, len(follow))], 1)
-        found = first + rest
-        return Run([one.tokens[0] for one in found], np.concatenate([one.log_p for one in found]))
+        first, *others = [ids + list(follow[:n]) for n in POSITIONS]
+        return np.concatenate([one.log_p for one in self._ask([first], 1) + self._ask(others, 1)])
 
     def compute(self, prompts: Sequence[list[int]]) -> None:
         """Run prompts, so that their chunks are stored."""
@@ -120,7 +128,8 @@ class Reader:
         if not prompts:
             return []
         answers = self._engine.ask({"prompts": list(prompts), "tokens": tokens, "log_p": True})
-        return [Run(one["tokens"], _log_p(one["log_p"], len(one["tokens"]))) for one in answers]
+        found = [_log_p(one["log_p"], len(one["tokens"])) for one in answers]
+        return [Run(one["tokens"], log_p, log_p) for one, log_p in zip(answers, found, strict=True)]
 
 
 def kl_nats(exact: LogP, found: LogP) -> float:
@@ -138,7 +147,7 @@ def differences(own: Run, other: Run) -> Iterator[tuple[int, float]]:
     """The first token that differs, if one does: its position, and by how many nats `own` preferred its own choice."""
     position = leading(own.tokens, other.tokens)
     if position < len(own.tokens):
-        line = own.log_p[position]
+        line = own.own_log_p[position]
         margin = float(line[own.tokens[position]] - line[other.tokens[position]])
         assert math.isfinite(margin)
         yield position, margin

@@ -25,9 +25,10 @@ def test_kl_is_the_mean_over_tokens() -> None:
 
 def test_runs_are_compared_up_to_their_first_difference() -> None:
     assert [leading([1, 2, 3], other) for other in ([1, 2, 3], [1, 2, 4], [2, 2, 3], [1])] == [3, 2, 0, 1]
-    own = Run([0, 1], log_p([0.9, 0.1], [0.4, 0.6]))
+    found = log_p([0.9, 0.1], [0.4, 0.6])
+    own = Run([0, 1], found, found)
     assert list(differences(own, own)) == []
-    [(position, margin)] = differences(own, Run([0, 0], own.log_p))
+    [(position, margin)] = differences(own, Run([0, 0], found, found))
     assert position == 1
     assert margin == pytest.approx(np.log(1.5), rel=1e-5)
 
