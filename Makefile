@@ -76,6 +76,9 @@ bench-peers: .venv-peers/.made .venv-lmcache/.made
 
 bench-engine_quality: .venv-vllm/.made
 
+# Network namespaces and tc (iproute2) take root.
+bench-engines: .venv-lmcache/.made
+
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 

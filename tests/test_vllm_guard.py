@@ -1,0 +1,144 @@
+"""What the vLLM connector fetches and what it leaves to the engine: estimates, hopeless prefixes, levels by request."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks.engine_hosts import engine_python
+from benchmarks.engines import KVSTORE, LMCACHE, RECOMPUTE, Point, Samples, report_rows
+from kvstore.connectors.guard import Guard, StepTimes
+from tests.conftest import Server
+from tests.test_vllm_connector import engine, prompt, serve
+from tests.vllm_runner import Engine, Request
+from tests.vllm_stub import installed
+
+
+@pytest.fixture(scope="module")
+def connector() -> Iterator[Any]:
+    with installed() as module:
+        yield module
+
+
+def test_step_times_lie_on_lines_between_what_was_seen() -> None:
+    steps = StepTimes()
+    assert steps.seconds(100) == 0.0
+    steps.observe(1000, 0.2)
+    assert steps.seconds(500) == pytest.approx(0.1), "in proportion below the only one"
+    steps.observe(100, 0.05)
+    assert steps.seconds(550) == pytest.approx(0.125)
+    assert steps.seconds(2000) == pytest.approx(0.4), "and beyond the largest"
+
+
+def test_a_slow_step_is_believed_less_than_a_fast_one() -> None:
+    steps = StepTimes()
+    steps.observe(1000, 1.0)
+    steps.observe(1000, 2.0)
+    assert steps.seconds(1000) < 1.2
+    for _ in range(20):
+        steps.observe(1000, 0.5)
+    assert steps.seconds(1000) == pytest.approx(0.5, rel=0.02)
+
+
+def test_what_is_computed_in_any_case_is_no_gain() -> None:
+    guard = Guard(bytes_per_s=1e6, latency_s=0.0, floor_s=0.0, margin=0.1)
+    guard.observe_step(100, 0.1)
+    guard.observe_step(1100, 0.2)
+    # 1,000 tokens save 0.1 s, and a tenth of that is kept as a margin.
+    assert not guard.hopeless(1000, 89_000, 100)
+    assert guard.hopeless(1000, 91_000, 100)
+
+
+def test_a_stalled_fetch_weighs_and_a_probe_forgives() -> None:
+    guard = Guard(bytes_per_s=1e9, latency_s=0.0, explore=0)
+    guard.observe_prefill(1000, 1.0)
+    guard.observe_fetch(0, 10.0, tokens=0, arrived_s=10.0, whole=False)
+    assert not any(guard.worth(1000, 10**6) for _ in range(200)), "without exploring it stays refused"
+    guard.observe_probe(10**6, 0.01)
+    assert guard.worth(1000, 10**6)
+
+
+def test_arrival_and_decoding_are_told_apart() -> None:
+    guard = Guard(latency_s=0.0)
+    for _ in range(50):
+        guard.observe_fetch(10**6, 0.3, tokens=1000, arrived_s=0.1)
+    assert guard.fetch_s(10**6) == pytest.approx(0.1, rel=0.01)
+    assert guard.fetch_s(10**5, 1000) == pytest.approx(0.21, rel=0.01), "a tenth of the bytes decodes as long"
+
+
+async def _scouted(started: Engine) -> None:
+    """Wait until what is learned behind a request is there."""
+    scout = started.scheduler._scheduler._scout
+    while scout._under_way is not None and not scout._under_way.done():
+        await asyncio.sleep(0.005)
+
+
+async def test_a_hopeless_prefix_is_not_looked_up_nor_stored_again(connector: Any, server: Server) -> None:
+    ids = prompt(60, 40)
+    async with engine(connector, server.url) as first:
+        await serve(first, Request("a", ids))
+    async with engine(connector, server.url, guard=True, settings={"caching": False}) as second:
+        await _assert_left(second, ids)
+
+
+async def _assert_left(second: Engine, ids: list[int]) -> None:
+    side = second.scheduler._scheduler
+    side._guard.bytes_per_s, side._guard.prefill_tokens_per_s = 1.0, 1e6
+    side._guard.observe_probe = lambda *_: None
+    counts = await serve(second, Request("a", ids))
+    assert (counts["queries"], counts["refused_tokens"]) == (1, 32), "nothing is known of the size yet"
+    await _scouted(second)
+    counts = await serve(second, Request("b", ids))
+    assert counts["unasked_requests"] == 1
+    assert not {"queries", "loads", "saved_tokens", "save_exists"} & counts.keys()
+    assert second.computed_tokens == 80
+
+
+async def test_a_link_that_became_faster_is_found_out(connector: Any, server: Server) -> None:
+    ids = prompt(61, 40)
+    async with engine(connector, server.url) as first:
+        await serve(first, Request("a", ids))
+    async with engine(connector, server.url, guard=True, settings={"caching": False}) as second:
+        guard = second.scheduler._scheduler._guard
+        guard.bytes_per_s, guard.prefill_tokens_per_s, guard.floor_s = 1.0, 1e6, 5.0
+        assert (await serve(second, Request("a", ids)))["refused_tokens"] == 32
+        await _scouted(second)
+        # The probe's answer is taken when the next request ends or is saved.
+        await serve(second, Request("b", ids))
+        assert (await serve(second, Request("c", ids)))["loaded_tokens"] == 32
+
+
+async def test_a_request_names_its_level(connector: Any, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    ids = prompt(62, 40)
+    found = {}
+    async with engine(connector, server.url, pipeline="ladder-packed") as first:
+        await serve(first, Request("a", ids))
+    for name, asked in (("all", {}), ("0", {"level": 0}), ("1", {"level": 1}), ("bad", {"level": "high"})):
+        async with engine(connector, server.url, pipeline="ladder-packed", settings={"exact": False}) as second:
+            request = Request(name, ids)
+            request.kv_transfer_params = {"kvstore": asked}
+            counts = await serve(second, request)
+            assert counts["lossy_tokens"] == counts["loaded_tokens"] == 32
+            found[name] = counts["loaded_bytes"]
+    assert found["0"] < found["1"] < found["all"] == found["bad"]
+    assert "kvstore.level cannot be 'high'" in caplog.text
+
+
+def _samples(recompute_s: float, kvstore_s: float, lmcache_s: float) -> dict[Any, Samples]:
+    times = {RECOMPUTE: recompute_s, KVSTORE: kvstore_s, LMCACHE: lmcache_s}
+    return {Point(1.0, 256, method): Samples([took_s] * 3, [256] * 3, [10] * 3) for method, took_s in times.items()}
+
+
+@pytest.mark.parametrize(
+    ("times", "met"),
+    [((1.0, 1.02, 1.1), (True, False)), ((1.0, 0.5, 0.6), (True, True)), ((1.0, 1.03, 0.9), (False, False))],
+)
+def test_the_engines_aims_are_computed_from_medians(times: tuple[float, ...], met: tuple[bool, bool]) -> None:
+    rows, aims = report_rows(_samples(*times), {"other": "more"}, 0)
+    assert [aim.met for aim in aims] == list(met)
+    assert {row["table"] for row in rows} == {"ttft", "ratio", "missing"}
+
+
+def test_without_vllm_there_is_no_interpreter(tmp_path: Any) -> None:
+    assert engine_python(tmp_path) is None
