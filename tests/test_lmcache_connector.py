@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvstore.backend import Backend, Outcome
+from kvstore.backend import Backend, Miss, Outcome, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.codecs import encode, named_pipeline
 from kvstore.connectors import lmcache_buffers
@@ -251,8 +251,12 @@ def test_a_frame_of_another_layout_or_key_is_a_miss() -> None:
     other = Codecs(options()).of(SHARD, shape_of((2, 4, 16, 128)))
     key = codec.key(b"chunk")
     foreign = other.encode(other.key(b"chunk"), bytes_of(numbers((2, 4, 16, 128))))
-    assert not isinstance(codec.decode(key, foreign, bytes_of(numbers())), int)
-    assert not isinstance(codec.decode(key, make_frame(key), bytes_of(numbers())), int)
+    assert codec.decode(key, foreign, bytes_of(numbers())) == Miss(Reason.IDENTITY)
+    assert isinstance(codec.decode(key, make_frame(key), bytes_of(numbers())), Miss)
+    assert other.layout is not None
+    planes = {name: torch.zeros(spec.shape, dtype=torch.bfloat16) for name, spec in other.layout.planes.items()}
+    forged = encode(planes, other.layout, named_pipeline("raw"), key=key)
+    assert codec.decode(key, forged, bytes_of(numbers())) == Miss(Reason.IDENTITY)
 
 
 def test_a_head_dimension_that_divides_nothing_is_refused() -> None:

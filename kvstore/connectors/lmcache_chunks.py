@@ -26,7 +26,7 @@ from kvstore.codecs import Pipeline, decode, encode, named_pipeline
 from kvstore.codecs.context import known_specs
 from kvstore.codecs.pipeline import build_pipeline
 from kvstore.connectors.lmcache_options import LMCacheOptions, SinglePlane
-from kvstore.errors import FrameError, PipelineError
+from kvstore.errors import FrameError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, blob_frame, blob_of, padded_bytes
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key, namespace_of
 from kvstore.layout import ITEM_BYTES, Layout, PlaneSpec
@@ -131,6 +131,9 @@ class Codec:
             if self._lossless and not build_pipeline(frame.head.header.pipeline).lossless:
                 return Miss(Reason.IDENTITY)
             decode(frame, self.layout, key=key, out=self._planes(data))
+        except LayoutMismatchError as exc:
+            log.warning("a chunk is another model's: %s", exc)
+            return Miss(Reason.IDENTITY)
         except (FrameError, PipelineError) as exc:
             log.warning("a chunk cannot be decoded: %s", exc)
             return Miss(Reason.CORRUPT)
