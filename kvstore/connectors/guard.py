@@ -97,10 +97,17 @@ class Guard:
             return self.steps.seconds(tokens + rest_tokens) - self.steps.seconds(rest_tokens)
         return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else float("inf")
 
-    def hopeless(self, tokens: int, size_bytes: int, rest_tokens: int = 0) -> bool:
-        """Whether a fetch would be refused; nothing is counted."""
+    def hopeless(self, tokens: int, size_bytes: int, rest_tokens: int = 0, *, ask_s: float = 0.0) -> bool:
+        """Whether a fetch would be refused; nothing is counted.
+
+        Args:
+            tokens: Tokens that could be fetched.
+            size_bytes: Bytes that they take.
+            rest_tokens: Tokens of the same prompt that are computed in any case.
+            ask_s: Time that it takes to find out what is held, where that is not known.
+        """
         gain_s = (1 - self.margin) * self.recompute_s(tokens, rest_tokens)
-        return self.fetch_s(size_bytes, tokens) > max(self.floor_s, gain_s)
+        return ask_s + self.fetch_s(size_bytes, tokens) > max(self.floor_s, gain_s)
 
     def worth(self, tokens: int, size_bytes: int, rest_tokens: int = 0) -> bool:
         """Whether to fetch these tokens."""

@@ -65,6 +65,7 @@ class Tracked:
         saved: Leading chunks that need not be saved.
         behind: What its chunks stand on, where that is not exact.
         marked: Leading blocks that are known as lossy because of it.
+        asked_s: When it was looked up.
         load_began_s: When the load under way was decided.
         level: Highest quality level to load; None for all that are held.
         left: Whether the guard left it to the engine, before it was looked up or behind that.
@@ -82,6 +83,7 @@ class Tracked:
     saved: int = 0
     behind: Behind | None = None
     marked: int = 0
+    asked_s: float = 0.0
     load_began_s: float = 0.0
     level: int | None = None
     left: bool = False

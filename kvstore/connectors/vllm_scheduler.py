@@ -97,6 +97,7 @@ class SchedulerSide:
         self._pause_s = _PAUSE_S[0]
         self._scout = Scout(client, background, guard, clock)
         self._token_bytes: dict[int | None, float] = {}
+        self._ask_s = 0.0
         self._steps: deque[tuple[float, int]] = deque()
         self._step_ended_s = 0.0
 
@@ -105,6 +106,7 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or not self._consumes:
             return
+        self._scout.collect()
         if self._hopeless(tracked):
             self._counters.add("unasked_requests")
             tracked.found, tracked.left = Found(), True
@@ -223,7 +225,8 @@ class SchedulerSide:
             return False
         tokens = (tracked.request.num_prompt_tokens - 1) // self._chunk_tokens * self._chunk_tokens
         rest_tokens = tracked.request.num_prompt_tokens - tokens
-        return bool(tokens) and self._guard.hopeless(tokens, int(tokens * token_bytes), rest_tokens)
+        size_bytes = int(tokens * token_bytes)
+        return bool(tokens) and self._guard.hopeless(tokens, size_bytes, rest_tokens, ask_s=self._ask_s)
 
     def _look_up(self, tracked: Tracked) -> None:
         # One token is left to the engine, and only full chunks have keys.
@@ -232,6 +235,7 @@ class SchedulerSide:
             tracked.found = Found()
             return
         self._counters.add("queries")
+        tracked.asked_s = self._clock()
         tracked.lookup = self._background.submit(self._ask(token_ids, tracked.salt, self._wait_s(tracked.request)))
 
     def _wait_s(self, request: Any) -> float:
@@ -254,6 +258,8 @@ class SchedulerSide:
             return None
         try:
             tracked.found = tracked.lookup.result()
+            if not self._wait_s(tracked.request):
+                self._ask_s += (self._clock() - tracked.asked_s - self._ask_s) / 4
             self._pause_s = _PAUSE_S[0]
         except Exception as exc:
             # Whatever it is, the engine can compute the prompt.

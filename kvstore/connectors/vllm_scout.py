@@ -62,14 +62,14 @@ class Scout:
             asked: Makes the look-up.
             level: Level up to which the request would have fetched.
         """
-        self._collect()
+        self.collect()
         if self._under_way is None:
             probes = self._clock() >= self._next_probe_s
             self._under_way = self._background.submit(self._learn(asked(), level, probes=probes))
 
     def held(self, keys: Sequence[ChunkKey]) -> int:
         """Leading chunks that were held, exact and whole, a while ago."""
-        self._collect()
+        self.collect()
         now = self._clock()
         return next((number for number, key in enumerate(keys) if self._held.get(key, 0.0) <= now), len(keys))
 
@@ -87,7 +87,7 @@ class Scout:
         frames = [frame for frame in await self._client.get(keys, level=level) if not isinstance(frame, Miss)]
         return _Learned(found, sum(frame.size_bytes for frame in frames), self._clock() - start_s)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Take what was learned, if anything was."""
         if self._under_way is None or not self._under_way.done():
             return
