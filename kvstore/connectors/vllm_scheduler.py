@@ -28,6 +28,7 @@ from kvstore.layout import Layout
 _REFUSED_S = 60.0
 _REFUSED_MAX = 1 << 14
 _LOSSY_MAX = 1 << 20
+_STEPS_MAX = 16
 _PAUSE_S = (1.0, 30.0)
 """First and longest pause after a look-up that found no server."""
 
@@ -98,7 +99,7 @@ class SchedulerSide:
         self._scout = Scout(client, background, guard, clock)
         self._token_bytes: dict[int | None, float] = {}
         self._ask_s = 0.0
-        self._steps: deque[tuple[float, int]] = deque()
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS_MAX)
         self._step_ended_s = 0.0
 
     def add(self, request: Any) -> None:
