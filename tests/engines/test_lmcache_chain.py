@@ -7,9 +7,9 @@ One LMCache and one vLLM store 50 prompts; a fresh LMCache and a fresh vLLM read
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -324,24 +324,16 @@ def test_many_requests_with_random_faults_leave_nothing_behind(whole: Chain) -> 
         wait_for(lambda: not lmcache.adapter()["queued_bytes"], lmcache.child)
         return resources(pid) | {"tasks": lmcache.adapter()["tasks"]}
 
-    # Threads start and memory is touched with the first requests.
-    whole.engine.generate(whole.prompts)
     with kvstore_server("--disk", "0", "--memory", "2GiB") as (url, _):
-        faults: list[Callable[[], None]] = [
-            lambda: whole.link.set(""),
-            lambda: whole.link.set("flip", rng.randrange(2_000_000)),
-            lambda: whole.link.set("cut", rng.randrange(2_000_000)),
-            lambda: whole.link.set("stall", rng.randrange(2_000_000)),
-            lambda: whole.link.lead_to(NOWHERE),
-            lambda: whole.link.lead_to(whole.port),
-            # Another server, with nothing at first: prompts are stored there.
-            lambda: whole.link.lead_to(port_of(url)),
-        ]
-        before = settled()
-        with whole.changes() as counts:
+        # One of the servers has nothing at first: prompts are stored there.
+        ports = [whole.port, port_of(url), NOWHERE]
+
+        def ask_many(requests: int) -> None:
             asked = 0
-            while asked < SOAK_REQUESTS:
-                rng.choice(faults)()
+            while asked < requests:
+                if rng.random() < 0.3:
+                    whole.link.lead_to(rng.choice(ports))
+                whole.link.set(rng.choice(["", "", "flip", "cut", "stall"]), rng.randrange(2_000_000))
                 numbers = rng.sample(range(PROMPTS), rng.randrange(1, 4))
                 found = whole.engine.ask({"prompts": [whole.prompts[number] for number in numbers], "tokens": 16})
                 for number, answer in zip(numbers, found, strict=True):
@@ -349,16 +341,22 @@ def test_many_requests_with_random_faults_leave_nothing_behind(whole: Chain) -> 
                 asked += len(numbers)
                 if rng.random() < 0.5:
                     whole.forget()
-    print(f"\n{asked} requests: {counts}")
+
+        # Threads of both sides start as they are needed, and memory is touched.
+        ask_many(SOAK_REQUESTS // 4)
+        before = settled()
+        with whole.changes() as counts:
+            ask_many(SOAK_REQUESTS)
+    print(f"\n{SOAK_REQUESTS} requests: {counts}")
     after = settled()
-    wait_for(lambda: resources(pid)["fds"] <= before["fds"], lmcache.child)
+    with suppress(AssertionError):
+        # Connections end a moment later; what is left then is told below.
+        wait_for(lambda: resources(pid)["fds"] <= before["fds"], lmcache.child, 30)
     after = after | resources(pid)
     print(f"before {before}\nafter  {after}")
-    assert counts["loaded_chunks"] > 0
-    assert counts["stored_chunks"] > 0
-    assert counts["missed_corrupt_chunks"] > 0
-    assert counts["missed_breaker_chunks"] > 0
-    assert (after["threads"], after["tasks"]) == (before["threads"], before["tasks"])
+    for counted in ("loaded_chunks", "stored_chunks", "missed_corrupt_chunks", "missed_breaker_chunks"):
+        assert counts.get(counted, 0) > 0, counted
+    assert all(after[name] <= before[name] for name in ("threads", "fds", "tasks"))
     memory = lmcache.storage()["l1_manager"]
     assert (memory["memory_used_bytes"], memory["write_locked_count"], memory["read_locked_count"]) == (0, 0, 0)
     assert lmcache.adapter()["calls"] == 0
