@@ -23,7 +23,7 @@ FREE_GBIT_PER_S = 40.0
 """More than a pair of virtual interfaces carries here: not shaped."""
 
 _MTU = 9000
-_QUIET_S = 0.01
+_QUIET_S = 0.02
 _COUNTERS = "cat /sys/class/net/engine/statistics/rx_bytes /sys/class/net/engine/statistics/tx_bytes"
 
 

@@ -4,6 +4,7 @@ Where the guard expects that no fetch could pay, a look-up would only delay the 
 what is held need not be stored again. And a link may have become faster, which is found out by fetching a chunk.
 """
 
+import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,6 +21,9 @@ from kvstore.keys import ChunkKey
 
 _HELD_S = 300.0
 _HELD_MAX = 1 << 16
+_LATER_S = 0.005
+"""The engine hands its answer on before anything else is done."""
+
 _PROBE_BYTES = 1 << 20
 _PROBE_S = 2.0
 _PROBE_SHARE = 20
@@ -65,7 +69,7 @@ class Scout:
         self.collect()
         if self._under_way is None:
             probes = self._clock() >= self._next_probe_s
-            self._under_way = self._background.submit(self._learn(asked(), level, probes=probes))
+            self._under_way = self._background.submit(self._learn(asked, level, probes=probes))
 
     def held(self, keys: Sequence[ChunkKey]) -> int:
         """Leading chunks that were held, exact and whole, a while ago."""
@@ -77,8 +81,11 @@ class Scout:
         """A request has fetched, so nothing needs to be probed for a while."""
         self._next_probe_s = self._clock() + _PROBE_S
 
-    async def _learn(self, asked: Coroutine[Any, Any, Found], level: int | None, *, probes: bool) -> _Learned:
-        found = await asked
+    async def _learn(
+        self, asked: Callable[[], Coroutine[Any, Any, Found]], level: int | None, *, probes: bool
+    ) -> _Learned:
+        await asyncio.sleep(_LATER_S)
+        found = await asked()
         if not probes or not found.chunks:
             return _Learned(found, 0, 0.0)
         chunk_bytes = max(1, found.size_bytes(0, 1, level) // len(found.held))
