@@ -151,6 +151,10 @@ class LMCacheServer:
         [status] = self.storage()["l2_adapters"]
         return dict(status)
 
+    def threads(self) -> list[str]:
+        """Names of the threads in its process, ours begin with `kvstore`."""
+        return sorted(re.findall(r"<\w+\(([^,]+), started", self.ask("/threads")))
+
     def counter(self, name: str) -> float:
         """Value of a counter on LMCache's `/metrics`."""
         found = re.search(rf"^kvstore_lmcache_{name}_total (\S+)$", self.ask("/metrics"), re.MULTILINE)
