@@ -22,10 +22,10 @@ from kvstore.answers import (
     unpack_puts,
 )
 from kvstore.backend import Ack, Held, Match, Miss, Reason, Stored
+from kvstore.config import parse_url
 from kvstore.errors import (
     BackendError,
     BackendUnavailableError,
-    ConfigError,
     FrameError,
     FrameVersionError,
     KVStoreError,
@@ -86,9 +86,7 @@ class Client:
         connections: int = 16,
         batch_bytes_max: int = 2 << 30,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is not a server's URL: it must start with http:// or https://")
-        self.url = url.rstrip("/")
+        self.url = parse_url(url)
         self._headers: dict[str, str] = {hdrs.AUTHORIZATION: f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
         self._connections = connections
@@ -307,6 +305,12 @@ class Client:
             # Where one record ends and the next begins is not known any more, so the rest is lost with it.
             version = isinstance(exc, FrameVersionError)
             return found + [Miss(Reason.IDENTITY if version else Reason.CORRUPT)] * (len(keys) - len(found)), False
+        except (aiohttp.ClientError, OSError) as exc:
+            if not found:
+                raise
+            # What came before the connection broke is whole and verified.
+            late = isinstance(exc, TimeoutError)
+            return found + [Miss(Reason.DEADLINE if late else Reason.BREAKER)] * (len(keys) - len(found)), False
         if not found:
             raise BackendError(self.name, "the server answered a batch without records")
         return found, True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -193,6 +194,23 @@ def parse_size(value: object) -> int:
     if size_bytes >= 2**63:
         raise ConfigError(f"{value!r} is not a size that any machine has")
     return int(size_bytes)
+
+
+def parse_url(value: object) -> str:
+    """A server's URL, without a slash at its end.
+
+    Raises:
+        ConfigError: The text is none.
+    """
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.geturl().rstrip("/")
+        problem = "it must start with http:// or https:// and name a host"
+    except ValueError as exc:
+        # The port is no number, or out of range.
+        problem = str(exc)
+    raise ConfigError(f"{value!r} is not a server's URL: {problem}, such as http://127.0.0.1:8420")
 
 
 def _public_name(field_name: str) -> str:

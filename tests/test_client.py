@@ -70,9 +70,9 @@ def test_an_unknown_code_is_a_backend_error(code: str) -> None:
     assert type(error_from("remote", code, "detail")) is BackendError
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8420", "ftp://x", ""])
+@pytest.mark.parametrize("url", ["127.0.0.1:8420", "ftp://x", "", "http://", "http://x:y", "http://x:70000"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="http://"):
+    with pytest.raises(ConfigError, match=r"is not a server's URL: .* such as http://"):
         Client(url)
 
 
@@ -209,6 +209,23 @@ async def test_an_answer_cut_short_is_unavailable() -> None:
     async with answering(cut) as client:
         with pytest.raises(BackendUnavailableError):
             await client.get([KEY])
+
+
+async def test_what_came_before_an_answer_was_cut_short_is_kept() -> None:
+    async def cut(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = 2 * len(RECORD)
+        await response.prepare(request)
+        await response.write(RECORD)
+        await asyncio.sleep(0.1)
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    async with answering(cut) as client:
+        first, second = await client.get([KEY, make_key(7)])
+        assert isinstance(first, Frame)
+        assert second == Miss(Reason.BREAKER)
 
 
 async def test_the_rest_of_a_batch_is_asked_for_again() -> None:

@@ -35,6 +35,7 @@ from kvstore.testing import make_frame
 from kvstore.wire import DamagedFrameError, read_batch
 from tests.conftest import Server, Start
 from tests.frames import batch_bytes, flipped, frame_bytes, random_keys
+from tests.tcp_relay import tcp_relay
 
 KEY, OTHER, *MORE = random_keys(12)
 NAMESPACE, DIGEST = KEY[:16], KEY[16:]
@@ -330,12 +331,19 @@ async def test_records_of_an_answer_that_makes_no_sense_are_misses() -> None:
             assert await client.get([KEY, OTHER]) == [Miss(Reason.CORRUPT)] * 2
 
 
-@pytest.mark.parametrize("end", [0, 7, 16, 30, len(RECORDS) + 60, len(RECORDS) + len(DAMAGED), None])
-async def test_an_answer_that_is_cut_off_is_no_answer(end: int | None) -> None:
+@pytest.mark.parametrize("end", [0, 7, 16, 30, len(RECORDS) + 60, len(RECORDS) + len(DAMAGED) - 1])
+async def test_an_answer_that_is_cut_off_before_its_first_record_ends_is_no_answer(end: int) -> None:
     whole = RECORDS + batch_bytes(frame_bytes(FRAME))
     async with lying(whole[:end], then_close=True) as client:
         with pytest.raises(BackendUnavailableError):
             await client.get([KEY])
+
+
+async def test_a_record_that_came_whole_is_kept_when_the_end_of_the_answer_is_cut_off() -> None:
+    async with lying(RECORDS + batch_bytes(frame_bytes(FRAME)), then_close=True) as client:
+        [found] = await client.get([KEY])
+        assert isinstance(found, Frame)
+        assert found.id == FRAME.id
 
 
 @pytest.mark.parametrize("ask", [lambda client: client.match([KEY]), lambda client: client.put([(KEY, FRAME)])])
@@ -583,3 +591,20 @@ async def test_a_sound_frame_is_sound_however_it_arrives() -> None:
             assert isinstance(found, Frame)
             assert (found.levels, frame_bytes(found)) == (levels, frame_bytes(frame))
             found.verify(KEY)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("cut", Reason.BREAKER), ("stall", Reason.DEADLINE)])
+async def test_what_arrived_before_the_connection_broke_is_kept(server: Server, fault: str, reason: Reason) -> None:
+    frames = [(key, make_frame(key, (300_000,))) for key in MORE[:6]]
+    async with (
+        Client(server.url) as direct,
+        tcp_relay(server.port) as relay,
+        Client(relay.url, timeout_s=2) as client,
+    ):
+        await direct.put(frames)
+        assert (await client.match([MORE[0]])).miss is None
+        relay.fault, relay.after_bytes = fault, 1_000_000
+        found = await client.get([key for key, _ in frames])
+        whole = [frame.id for frame in found if isinstance(frame, Frame)]
+        assert whole == [frame.id for _, frame in frames[:3]]
+        assert found[3:] == [Miss(reason)] * 3

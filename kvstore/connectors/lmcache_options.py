@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from kvstore.codecs import Pipeline, encode, named_pipeline
-from kvstore.config import parse_size
+from kvstore.config import parse_size, parse_url
 from kvstore.errors import ConfigError, PipelineError
 from kvstore.keys import ChunkKey, namespace_of
 from kvstore.layout import attention_layout
@@ -90,8 +89,10 @@ class LMCacheOptions:
     fail_open: bool = True
 
     def __post_init__(self) -> None:
-        if not _is_url(self.url):
-            raise ConfigError(f"url: {self.url!r} is no address of a server, such as http://127.0.0.1:8420")
+        try:
+            parse_url(self.url)
+        except ConfigError as exc:
+            raise ConfigError(f"url: {exc}") from exc
         if self.level is not None and not 0 <= self.level <= _LEVEL_MAX:
             raise ConfigError(f"level: must be 0 to {_LEVEL_MAX}, not {self.level}; leave it out to load all levels")
         if not 0 <= self.head_dim <= 1 << 16:
@@ -158,15 +159,6 @@ def fails_open(given: Mapping[str, object]) -> bool:
         return bool(_boolean(given.get("fail_open", True)))
     except ConfigError:
         return True
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        # The port is no number, or out of range.
-        return False
 
 
 def _public_name(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvstore.codecs import Pipeline, named_pipeline
 from kvstore.codecs.artefact import artefact_digest
-from kvstore.config import parse_size
+from kvstore.config import parse_size, parse_url
 from kvstore.connectors.paged import check_chunk_tokens
 from kvstore.errors import ConfigError, PipelineError
 
@@ -111,12 +111,6 @@ def _convert(name: str, value: object) -> Any:
         raise ConfigError(f"option {name!r} cannot be {value!r}: {exc}") from exc
 
 
-def _url(value: object) -> str:
-    if not isinstance(value, str) or not value.startswith(("http://", "https://")):
-        raise ConfigError("it must start with http:// or https://, such as http://127.0.0.1:8420")
-    return value
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError("it must be a text")
@@ -159,7 +153,7 @@ def _optional(convert: Callable[[object], Any]) -> Callable[[object], Any]:
 
 
 _CONVERTERS: Mapping[str, Callable[[object], Any]] = {
-    "url": _url,
+    "url": parse_url,
     "token": _optional(_text),
     "pipeline": _text,
     "artefact": _optional(lambda value: Path(_text(value))),
