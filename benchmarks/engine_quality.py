@@ -7,6 +7,7 @@ Everything is held against the same engine going on from its own cached KV; the 
 """
 
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,10 +26,10 @@ from benchmarks.harness import Aim, Row, argument_parser, at_least, at_most, out
 from benchmarks.lookup import lookup_prompt
 from benchmarks.quality_methods import make_artefact
 from benchmarks.servers import kvstore_server
+from benchmarks.vllm_engine import VllmEngine, engine_python, kvstore_transfer
 from kvstore.calibration.model import Model
 from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
 from kvstore.layout import Layout
-from tests.engines.conftest import VllmEngine
 
 NAME = "engine_quality"
 PROMPT_TOKENS = 1000
@@ -52,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=8, help="conversations (%(default)s)")
     parser.add_argument("--turns", type=int, default=10, help="turns of each (%(default)s)")
     args = parser.parse_args(argv)
+    python = engine_python()
+    if python is None:
+        sys.exit("there is no vLLM: 'make test-engines' builds environments with it (.venv-lmcache, .venv-vllm)")
     if args.quick:
         args.prompts, args.conversations, args.turns = 4, 1, 3
-    bench = _Bench(args)
+    bench = _Bench(args, python)
     with bench:
         bench.run()
     aims = _aims(bench.rows, args.prompts)
@@ -74,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 class _Bench:
     """The prompts, the engines one after the other, and the rows that they fill."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, python: Path) -> None:
+        self._python = python
         self._model_path: Path = args.model.resolve()
         model = Model(self._model_path)
         self._layout: Layout = model.layout_of([0, 1], CHUNK_TOKENS)
@@ -129,11 +134,11 @@ class _Bench:
 
     @contextmanager
     def _reader(self, url: str, name: str, **extra: Any) -> Iterator[Reader]:
-        settings = {"url": url, "chunk_tokens": CHUNK_TOKENS, "guard": False, "deadline_s": 60.0, "match_s": 60.0}
+        patient: dict[str, Any] = {"guard": False, "deadline_s": 60.0, "match_s": 60.0}
+        transfer = kvstore_transfer(url, chunk_tokens=CHUNK_TOKENS, **patient, **extra)
         self._progress.update(self._bar, description=f"start the engine: {name}")
-        engine = VllmEngine(
-            self._folder / f"{name}.log", settings | extra, model=str(self._model_path), max_logprobs=-1
-        )
+        log = self._folder / f"{name}.log"
+        engine = VllmEngine(self._python, self._model_path, log, transfer, max_logprobs=-1)
         try:
             self.versions |= engine.versions()
             yield Reader(engine, url, self._layout)

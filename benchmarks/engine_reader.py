@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.vllm_engine import VllmEngine
 from kvstore.client import Client
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_keys
 from kvstore.layout import Layout
-from tests.engines.conftest import VllmEngine
 
 TOKENS = 16
 """Length of a greedy continuation."""

@@ -24,15 +24,12 @@ from rich.table import Table
 from benchmarks import engine_link
 from benchmarks.engine_hosts import (
     CHUNK_TOKENS,
-    Engine,
     engine,
-    engine_python,
     has_lmcache,
     kvstore_server,
-    kvstore_transfer,
     lmcache_server,
-    lmcache_transfer,
-    versions,
+    to_kvstore,
+    to_lmcache,
 )
 from benchmarks.engine_link import FREE_GBIT_PER_S, Link, shaped_link
 from benchmarks.harness import (
@@ -46,6 +43,7 @@ from benchmarks.harness import (
     ratio_interval,
     write_result,
 )
+from benchmarks.vllm_engine import VllmEngine, engine_python
 from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
 
 NAME = "engines"
@@ -55,7 +53,6 @@ PROFILE = "ladder-packed"
 
 _STORE_S = 60.0
 _POLL_S = 0.1
-_COUNTERS = "vllm:kvstore_"
 
 
 class Method(NamedTuple):
@@ -88,10 +85,10 @@ METHODS = (
 )
 TRANSFERS: Mapping[str, Mapping[str, Any] | None] = {
     "plain": None,
-    "kvstore": kvstore_transfer(),
-    "raw": kvstore_transfer(guard=False),
-    PROFILE: kvstore_transfer(guard=False, pipeline=PROFILE),
-    "lmcache": lmcache_transfer(),
+    "kvstore": to_kvstore(),
+    "raw": to_kvstore(guard=False),
+    PROFILE: to_kvstore(guard=False, pipeline=PROFILE),
+    "lmcache": to_lmcache(),
 }
 NOT_RUN = {
     "vLLM's OffloadingConnector": "a GPU: vLLM 0.32 refuses it on a CPU at start",
@@ -182,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(run, python, args.model, args.text, random.Random(args.seed))
     samples = bench.measure()
     rows, aims = report_rows(samples, bench.not_run, args.seed)
-    write_result(NAME, rows, aims, args.seed, packages=PACKAGES, programs=versions(python), out=output_path(NAME, args))
+    out = output_path(NAME, args)
+    write_result(NAME, rows, aims, args.seed, packages=PACKAGES, programs=bench.versions, out=out)
     _print_tables(rows, aims)
 
 
@@ -204,6 +202,7 @@ class Bench:
         self._rng = rng
         self._source = _tokenize(model, text)
         self.not_run = dict(NOT_RUN)
+        self.versions: dict[str, str] = {}
         self.methods = tuple(method for method in METHODS if method.engine in run.engines)
         if LMCACHE not in self.methods:
             self.not_run[LMCACHE.name] = "a run that is not quick"
@@ -218,6 +217,7 @@ class Bench:
             link = stack.enter_context(shaped_link())
             advance = stack.enter_context(_progress(run))
             engines = self._start(link, stack)
+            self.versions = engines[RECOMPUTE.engine].versions()
             prompts = self._prefixes()
             for name in engines:
                 self._store(engines[name], name, prompts)
@@ -234,7 +234,7 @@ class Bench:
             self._verify(samples, before, _counts(engines))
         return samples
 
-    def _start(self, link: Link, stack: ExitStack) -> dict[str, Engine]:
+    def _start(self, link: Link, stack: ExitStack) -> dict[str, VllmEngine]:
         stack.enter_context(kvstore_server(link))
         if LMCACHE in self.methods:
             stack.enter_context(lmcache_server(link, self._python))
@@ -257,7 +257,7 @@ class Bench:
         start = self._rng.randrange(len(self._source) - tokens)
         return self._source[start : start + tokens]
 
-    def _store(self, asked: Engine, name: str, prompts: Prompts) -> None:
+    def _store(self, asked: VllmEngine, name: str, prompts: Prompts) -> None:
         """Let an engine compute every prefix, and wait until it can fetch what it stored."""
         for prefix in (one for some in prompts.values() for one in some):
             prompt = [*prefix, *self._take(self._run.question_tokens)]
@@ -273,7 +273,7 @@ class Bench:
     def _round(
         self,
         link: Link,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, VllmEngine],
         prefix: Sequence[int],
         link_gbit_per_s: float,
         samples: dict[Point, Samples] | None,
@@ -291,7 +291,7 @@ class Bench:
             found = _ask(engines[method.engine], method.engine, prompt, method.level)
             if samples is not None:
                 point = samples.setdefault(Point(link_gbit_per_s, len(prefix), method), Samples())
-                point.ttft_s.append(found["ttft_s"])
+                point.ttft_s.append(found["took_s"])
                 point.cached_tokens.append(found["cached"])
                 point.link_bytes.append(link.received_bytes() - before)
 
@@ -386,16 +386,15 @@ def _aims(ratios: Sequence[Row], not_run: Mapping[str, str]) -> list[Aim]:
     return [*aims, at_most(f"{fastest} ({len(beaten)})", 1.0, max(to_lmcache[point] for point in beaten))]
 
 
-def _ask(asked: Engine, name: str, prompt: Sequence[int], level: int | None) -> Any:
+def _ask(asked: VllmEngine, name: str, prompt: Sequence[int], level: int | None) -> dict[str, Any]:
     """Empty an engine's own cache and ask it for one token."""
-    if not asked.ask({"reset": True})["reset"]:
-        raise RuntimeError(f"the engine {name!r} does not empty its cache")
+    asked.reset()
     params = {} if level is None else {"kvstore": {"level": level}}
     # Each profile has keys of its own; LMCache and the plain engine know no salt of kvstore's.
-    return asked.ask({"prompt": prompt, "params": params, "salt": name if name in ("raw", PROFILE) else None})
+    return asked.generate(prompt, 1, params=params, salt=name if name in ("raw", PROFILE) else None)
 
 
-def _fetches(asked: Engine, name: str, prompt: Sequence[int], tokens: int) -> bool:
+def _fetches(asked: VllmEngine, name: str, prompt: Sequence[int], tokens: int) -> bool:
     return bool(_ask(asked, name, prompt, None)["cached"] >= tokens)
 
 
@@ -407,14 +406,9 @@ def _poll(done: Callable[[], bool], name: str) -> None:
         time.sleep(_POLL_S)
 
 
-def _counts(engines: Mapping[str, Engine]) -> dict[str, Counts]:
-    """The connectors' counters; they come with the steps, so one more is made."""
-    found: dict[str, Counts] = {}
-    for name, asked in engines.items():
-        asked.ask({"prompt": [1, 2, 3]})
-        metrics = asked.ask({"metrics": True})
-        found[name] = {key.removeprefix(_COUNTERS): n for key, n in metrics.items() if key.startswith(_COUNTERS)}
-    return found
+def _counts(engines: Mapping[str, VllmEngine]) -> dict[str, Counts]:
+    """The connectors' counters."""
+    return {name: asked.counts() for name, asked in engines.items()}
 
 
 def _whole(tokens: int) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine_hosts import engine_python
 from benchmarks.engines import KVSTORE, LMCACHE, RECOMPUTE, Point, Samples, report_rows
+from benchmarks.vllm_engine import engine_python
 from kvstore.connectors.guard import Guard, StepTimes
 from tests.conftest import Server
 from tests.test_vllm_connector import engine, prompt, serve

