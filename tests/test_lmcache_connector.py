@@ -20,7 +20,8 @@ from kvstore.connectors.lmcache_chunks import Chunk, Codec, Codecs, Shape, Shard
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role, SinglePlane, parse_options
 from kvstore.connectors.lmcache_store import ChunkStore
 from kvstore.errors import BackendUnavailableError, ConfigError, PipelineError
-from kvstore.keys import split_key
+from kvstore.frame import Frame
+from kvstore.keys import ChunkKey, split_key
 from kvstore.testing import FaultyBackend, make_frame
 from tests.conftest import Server, Start
 from tests.lmcache_double import (
@@ -350,6 +351,24 @@ def test_a_server_that_keeps_failing_is_left_alone() -> None:
         assert not status["is_healthy"]
         assert "gone" in status["detail"]
         assert status["missed_breaker_chunks"] == 10
+
+
+def test_what_came_before_the_connection_broke_is_loaded_and_the_server_counts_as_failing() -> None:
+    with Stalled() as stalled:
+        truths = [numbers(seed=seed) for seed in range(2)]
+        stalled.store.store(chunks_of(stalled.codec, truths)).result()
+        whole_get = stalled.inner.get
+
+        async def get_half(keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
+            return [*await whole_get(keys[:1], level=level), *[Miss(Reason.BREAKER)] * (len(keys) - 1)]
+
+        stalled.inner.get = get_half  # type: ignore[method-assign]
+        outs = [torch.zeros_like(truth) for truth in truths]
+        sizes = stalled.store.load(chunks_of(stalled.codec, outs)).result()
+        assert sizes == [stalled.codec.size_bytes, 0]
+        assert torch.equal(outs[0], truths[0])
+        status = stalled.store.status()
+        assert (status["missed_breaker_chunks"], status["unavailable_errors"]) == (1, 1)
 
 
 def test_what_does_not_fit_into_the_queue_is_dropped_and_counted() -> None:

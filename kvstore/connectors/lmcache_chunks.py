@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key, namespace_of
 from kvstore.layout import ITEM_BYTES, Layout, PlaneSpec
 
 _KEY_TAG = b"kvstore lmcache 1\n"
+_BATCH_BYTES = 8 << 20
 
 log = logging.getLogger(__name__)
 
@@ -246,3 +247,13 @@ class Codecs:
             PipelineError: `head_dim` does not divide them.
         """
         return self._make(shard, shape)
+
+
+def batches(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """Runs of chunks that one request each is for."""
+    start, size_bytes = 0, 0
+    for number, chunk in enumerate(chunks):
+        size_bytes += len(chunk.data)
+        if size_bytes >= _BATCH_BYTES or number == len(chunks) - 1:
+            yield chunks[start : number + 1]
+            start, size_bytes = number + 1, 0

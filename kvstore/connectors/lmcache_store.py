@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,14 +21,13 @@ from kvstore.backends.host import HostBackend
 from kvstore.client import Client
 from kvstore.connectors.background import Background, BoundedBytes
 from kvstore.connectors.guard import Guard
-from kvstore.connectors.lmcache_chunks import Chunk
+from kvstore.connectors.lmcache_chunks import Chunk, batches
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
 from kvstore.errors import AuthError, BackendError, ConfigError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key
 from kvstore.tiers import TieredBackend
 
-_BATCH_BYTES = 8 << 20
 _CONCURRENCY = 4
 _START_S = 10.0
 _CLOSE_S = 10.0
@@ -251,8 +250,8 @@ class ChunkStore:
     async def _load(self, chunks: Sequence[Chunk]) -> list[int]:
         started_s = _now()
         deadline = started_s + self.options.deadline_s
-        batches = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in _batches(chunks)))
-        loaded = [one for batch in batches for one in batch]
+        parts = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in batches(chunks)))
+        loaded = [one for part in parts for one in part]
         self._guard.observe_fetch(sum(one.moved_bytes for one in loaded), _now() - started_s)
         return [one.size_bytes for one in loaded]
 
@@ -286,7 +285,7 @@ class ChunkStore:
     async def _store(self, chunks: Sequence[Chunk]) -> list[Outcome]:
         held = (await self._find_whole(chunks)) if len(chunks) else 0
         outcomes = [Outcome.EXISTS] * held
-        for batch in _batches(chunks[held:]):
+        for batch in batches(chunks[held:]):
             outcomes += await self._store_batch(batch)
         return outcomes
 
@@ -351,7 +350,11 @@ class ChunkStore:
         except BaseException:
             self._breaker.unused(permit)
             raise
-        self._breaker.succeeded(permit)
+        if isinstance(answer, list) and any(isinstance(one, Miss) and one.reason is Reason.BREAKER for one in answer):
+            # What came before the connection broke is of use; the server is not well.
+            self._failed(permit, "unavailable", "the connection broke in the middle of an answer")
+        else:
+            self._breaker.succeeded(permit)
         return answer
 
     def _failed(self, permit: Permit, cause: str, reason: str) -> None:
@@ -378,16 +381,6 @@ class ChunkStore:
         if amount:
             with self._lock:
                 self.counts[name] += amount
-
-
-def _batches(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-    """Runs of chunks that one request each is for."""
-    start, size_bytes = 0, 0
-    for number, chunk in enumerate(chunks):
-        size_bytes += len(chunk.data)
-        if size_bytes >= _BATCH_BYTES or number == len(chunks) - 1:
-            yield chunks[start : number + 1]
-            start, size_bytes = number + 1, 0
 
 
 def _done(answer: T) -> "Future[T]":
