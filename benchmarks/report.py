@@ -47,7 +47,7 @@ def write_report(results: Path, docs: Path) -> None:
         docs: Folder that gets `benchmarks.md` and `plots/`.
     """
     parts = [_PREAMBLE]
-    for path in sorted(results.glob("*.json")):
+    for path in sorted(set(results.glob("*.json")) - set(results.glob("*.rejected.json"))):
         result = json.loads(path.read_text("utf-8"))
         page = PAGES.get(result["benchmark"], Page(result["benchmark"], "", {}))
         parts += _section(result, page, path.stem)
