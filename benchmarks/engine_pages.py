@@ -14,7 +14,8 @@ its rate in both directions. Prefixes were stored before, over the unshaped link
 32 tokens that nobody has seen, and asks for one token; before each one the engine's own cache is emptied (not
 timed). In every round all methods are asked for the same prompts, in an order drawn anew, one at a time; *recompute*
 and *kvstore* twice, because the aim on their ratio is narrower than one request is repeatable. *recompute*
-has no connector. *kvstore* is the connector with its default options: raw chunks, and a guard that recomputes where
+has no connector. Engines that are not asked are stopped (SIGSTOP): vLLM spins for a second after each request, and five
+engines on two cores would feel that where users with one do not. *kvstore* is the connector with its default options: raw chunks, and a guard that recomputes where
 it expects a fetch to take longer; *always fetch* is without the guard, of raw chunks or up to a level of
 `ladder-packed`. *LMCache* is its MP mode: the server keeps chunks in its memory, the engine's connector fetches
 them. Chunks are of 256 tokens everywhere, so of a prefix of 1,920 tokens 1,792 are fetched. That a method fetched

@@ -166,10 +166,20 @@ class VllmEngine:
         if not self.ask({"reset": True})["reset"]:
             raise RuntimeError("the engine does not empty its cache")
 
+    def pause(self) -> None:
+        """Take the processor away from it until `resume`: it spins for a second after each request."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it run."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End the engine and its children; safe to call twice."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        with suppress(ProcessLookupError):
+            self.resume()
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
