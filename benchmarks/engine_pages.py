@@ -14,13 +14,14 @@ to its rate in both directions. Prefixes were stored before, over the unshaped l
 prefix and 32 tokens that nobody has seen, and asks for one token; before each one the engine's own cache is
 emptied (not timed). In every round all methods are asked for the same prompts, in an order drawn anew, one at a
 time; *recompute* and *kvstore* twice, because the aim on their ratio is narrower than one request is
-repeatable. *recompute* has no connector. Engines that are not asked are stopped (SIGSTOP): vLLM spins for a
-second after each request, and five engines on two cores would feel that where users with one do not. *kvstore*
-is the connector with its default options: raw chunks, and a guard that recomputes where it expects a fetch to
-take longer; *always fetch* is without the guard, of raw chunks or up to a level of `ladder-packed`. *LMCache*
-is its MP mode: the server keeps chunks in its memory, the engine's connector fetches them. Chunks are of 256
-tokens everywhere, so of a prefix of 1,920 tokens 1,792 are fetched. That a method fetched what it should is
-seen by the engine's and the connectors' own counters, and by the bytes that came over the link."""
+repeatable. *recompute* has no connector. Every engine is bound to all cores, which vLLM does not do by itself.
+Engines that are not asked are stopped (SIGSTOP): vLLM spins for a second after each request, and five engines
+on two cores would feel that where users with one do not. *kvstore* is the connector with its default options:
+raw chunks, and a guard that recomputes where it expects a fetch to take longer; *always fetch* is without the
+guard, of raw chunks or up to a level of `ladder-packed`. *LMCache* is its MP mode: the server keeps chunks in
+its memory, the engine's connector fetches them. Chunks are of 256 tokens everywhere, so of a prefix of 1,920
+tokens 1,792 are fetched. That a method fetched what it should is seen by the engine's and the connectors' own
+counters, and by the bytes that came over the link."""
 
 _TTFT_TEXT = """\
 **TTFT** is the time from handing the request to vLLM until its first token is out, milliseconds. **fetched** is the
