@@ -9,6 +9,9 @@ import pytest
 from benchmarks.engines import KVSTORE, LMCACHE, RECOMPUTE, Point, Samples, report_rows
 from benchmarks.vllm_engine import engine_python
 from kvstore.connectors.guard import Guard, StepTimes
+from kvstore.connectors.paged import KL_UNKNOWN_NATS
+from kvstore.connectors.vllm_requests import LossyBlocks
+from kvstore.header import Behind
 from tests.conftest import Server
 from tests.test_vllm_connector import engine, prompt, serve
 from tests.vllm_runner import Engine, Request
@@ -140,3 +143,15 @@ def test_the_engines_aims_are_computed_from_medians(times: tuple[float, ...], me
 
 def test_without_vllm_there_is_no_interpreter(tmp_path: Any) -> None:
     assert engine_python(tmp_path) is None
+
+
+def test_blocks_that_were_forgotten_are_taken_for_lossy() -> None:
+    blocks = LossyBlocks(blocks_max=2)
+    blocks.add([b"a", b"b"], Behind(1, 0.5))
+    assert blocks.worst([b"x"]) is None
+    assert blocks.worst([b"x", b"a"]) == Behind(1, 0.5)
+    blocks.add([b"c"], Behind(2, 0.1))
+    assert blocks.worst([b"x"]) == Behind(0, KL_UNKNOWN_NATS)
+    assert blocks.worst([]) is None
+    blocks.clear()
+    assert blocks.worst([b"a"]) is None

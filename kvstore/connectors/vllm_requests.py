@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.backend import Held
+from kvstore.connectors.paged import KL_UNKNOWN_NATS
 from kvstore.connectors.vllm_plan import Load, Loaded
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
@@ -94,6 +95,37 @@ class Tracked:
             token_ids = list(self.request.all_token_ids)
             self.keys = tuple(tuple(chunk_keys(layout, token_ids, salt=self.salt)) for layout in layouts)
         return self.keys
+
+
+class LossyBlocks:
+    """Blocks in the engine's own cache that are not exact, by the engine's hashes.
+
+    Args:
+        blocks_max: Beyond so many it forgets which they are, and takes every block for one.
+    """
+
+    def __init__(self, blocks_max: int = 1 << 20) -> None:
+        self._blocks_max = blocks_max
+        self._known: dict[bytes, Behind] = {}
+        self._forgot = False
+
+    def add(self, hashes: Sequence[bytes], behind: Behind) -> None:
+        """Remember blocks, and what they stand on."""
+        self._known.update((bytes(found), behind) for found in hashes)
+        if len(self._known) > self._blocks_max:
+            self._known.clear()
+            self._forgot = True
+
+    def worst(self, hashes: Sequence[bytes]) -> Behind | None:
+        """The worst of what blocks stand on; None where all are exact."""
+        if hashes and self._forgot:
+            return Behind(0, KL_UNKNOWN_NATS)
+        return worst(self._known.get(bytes(found)) for found in hashes) if self._known else None
+
+    def clear(self) -> None:
+        """The engine emptied its cache."""
+        self._known.clear()
+        self._forgot = False
 
 
 def is_keyed(request: Any) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
-from kvstore.connectors.paged import KL_UNKNOWN_NATS
 from kvstore.connectors.vllm_events import Change, Events
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens
-from kvstore.connectors.vllm_requests import Found, Tracked, is_keyed, level_of, worst
+from kvstore.connectors.vllm_requests import Found, LossyBlocks, Tracked, is_keyed, level_of, worst
 from kvstore.connectors.vllm_scout import Scout
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
@@ -27,7 +26,6 @@ from kvstore.layout import Layout
 
 _REFUSED_S = 60.0
 _REFUSED_MAX = 1 << 14
-_LOSSY_MAX = 1 << 20
 _STEPS_MAX = 16
 _PAUSE_S = (1.0, 30.0)
 """First and longest pause after a look-up that found no server."""
@@ -92,8 +90,7 @@ class SchedulerSide:
         self._aborted: list[str] = []
         self._skipped: set[str] = set()
         self._refused: OrderedDict[ChunkKey, float] = OrderedDict()
-        self._lossy: dict[bytes, Behind] = {}
-        self._forgot_lossy = False
+        self._lossy = LossyBlocks()
         self._paused_until_s = 0.0
         self._pause_s = _PAUSE_S[0]
         self._scout = Scout(client, background, guard, clock)
@@ -204,7 +201,6 @@ class SchedulerSide:
     def reset(self) -> None:
         """The engine emptied its own cache: nothing in it is lossy any more."""
         self._lossy.clear()
-        self._forgot_lossy = False
 
     def _track(self, request: Any) -> Tracked | None:
         """The state of a request that may be stored and served; None for others."""
@@ -365,21 +361,14 @@ class SchedulerSide:
 
     def _behind_local(self, request: Any, computed_tokens: int) -> Behind | None:
         """What the engine's own cached blocks stand on."""
-        hashes = request.block_hashes[: computed_tokens // self._block_tokens]
-        if hashes and self._forgot_lossy:
-            return Behind(0, KL_UNKNOWN_NATS)
-        return worst(self._lossy.get(bytes(found)) for found in hashes) if self._lossy else None
+        return self._lossy.worst(request.block_hashes[: computed_tokens // self._block_tokens])
 
     def _mark(self, tracked: Tracked, computed_tokens: int) -> None:
         """Remember that blocks in the engine's own cache are not exact: other requests may find them there."""
         assert tracked.behind is not None
         end = computed_tokens // self._block_tokens
-        for found in tracked.request.block_hashes[tracked.marked : end]:
-            self._lossy[bytes(found)] = tracked.behind
+        self._lossy.add(tracked.request.block_hashes[tracked.marked : end], tracked.behind)
         tracked.marked = max(tracked.marked, min(end, len(tracked.request.block_hashes)))
-        if len(self._lossy) > _LOSSY_MAX:
-            self._lossy.clear()
-            self._forgot_lossy = True
 
     def stepped(self) -> None:
         """A step that computed tokens is over; they end in the order in which they were scheduled."""
