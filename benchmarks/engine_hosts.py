@@ -43,7 +43,7 @@ def engine(
     """
     with TemporaryDirectory(prefix="kvstore-engines-") as folder:
         log = Path(folder, f"{name}.log")
-        # By default vLLM takes one logical core of each physical one, and with a connector more than that.
+        # By default vLLM binds to one logical core of each physical one.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         variables = {"VLLM_HOST_IP": ENGINE_ADDRESS, "VLLM_CPU_OMP_THREADS_BIND": cores}
         started = VllmEngine(python, model, log, transfer, before=link.engine_side, variables=variables)

@@ -209,14 +209,14 @@ def test_a_chunk_ends_where_a_block_ends() -> None:
 def test_the_guard_compares_fetching_with_computing() -> None:
     guard = Guard(bytes_per_s=1e6, latency_s=0.01, floor_s=0.0)
     assert guard.worth(1, 10**9), "nothing is known of the prefill yet"
-    guard.observe_prefill(1000, 1.0)
+    guard.prefill_tokens_per_s = 1000.0
     assert guard.worth(1000, 900_000)
     assert not guard.worth(1000, 1_000_000)
 
 
 def test_the_guard_learns_from_slow_fetches_and_tries_again() -> None:
     guard = Guard(bytes_per_s=1e9, explore=3, floor_s=0.0)
-    guard.observe_prefill(1000, 1.0)
+    guard.prefill_tokens_per_s = 1000.0
     assert guard.worth(1000, 10**6)
     for _ in range(20):
         guard.observe_fetch(10**6, 30.0)
@@ -228,6 +228,6 @@ def test_the_guard_learns_from_slow_fetches_and_tries_again() -> None:
 
 def test_cheap_fetches_pass_the_guard() -> None:
     guard = Guard(bytes_per_s=1e9, floor_s=0.005)
-    guard.observe_prefill(10**9, 1.0)
+    guard.prefill_tokens_per_s = 1e9
     assert guard.worth(8, 10**6)
     assert not guard.worth(8, 10**7)

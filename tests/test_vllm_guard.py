@@ -55,7 +55,7 @@ def test_what_is_computed_in_any_case_is_no_gain() -> None:
 
 def test_a_stalled_fetch_weighs_and_a_probe_forgives() -> None:
     guard = Guard(bytes_per_s=1e9, latency_s=0.0, explore=0)
-    guard.observe_prefill(1000, 1.0)
+    guard.prefill_tokens_per_s = 1000.0
     guard.observe_fetch(0, 10.0, tokens=0, arrived_s=10.0, whole=False)
     assert not any(guard.worth(1000, 10**6) for _ in range(200)), "without exploring it stays refused"
     guard.observe_probe(10**6, 0.01)

@@ -147,13 +147,6 @@ class Guard:
         # It does not say what decoding takes, which may have been found at a bad moment: try it again some time.
         self.place_s_per_token /= 2
 
-    def observe_prefill(self, tokens: int, took_s: float) -> None:
-        """Learn from a step that prefilled."""
-        if tokens > 0 and took_s > 0:
-            speed = tokens / took_s
-            known = self.prefill_tokens_per_s
-            self.prefill_tokens_per_s = _mean(known, speed) if known else speed
-
     def observe_step(self, tokens: int, took_s: float) -> None:
         """Learn from a step that computed tokens, whatever they were."""
         if tokens > 0 and took_s > 0:

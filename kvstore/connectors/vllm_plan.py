@@ -1,7 +1,7 @@
 """What the two sides of the vLLM connector tell each other every step; plain values that pickle."""
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -168,6 +168,14 @@ class Report:
         for name, found in other.loads.items():
             loads.setdefault(name, []).extend(found)
         return Report(loads, self.saves | other.saves)
+
+
+def worst(found: Iterable[Behind | None]) -> Behind | None:
+    """The worst of what chunks stand on."""
+    known = [one for one in found if one is not None]
+    if not known:
+        return None
+    return Behind(min(one.level for one in known), max(one.kl_nats for one in known))
 
 
 def pack_tokens(token_ids: Sequence[int], start: int, end: int) -> bytes:

@@ -1,14 +1,14 @@
 """What the scheduler's half of the vLLM connector knows of each request."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.backend import Held
 from kvstore.connectors.paged import KL_UNKNOWN_NATS
-from kvstore.connectors.vllm_plan import Load, Loaded
+from kvstore.connectors.vllm_plan import Load, Loaded, worst
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
@@ -153,14 +153,6 @@ def level_of(request: Any, level: int | None) -> int | None:
         return wanted
     log.warning("kv_transfer_params: kvstore.level cannot be %r; using %r", wanted, level)
     return level
-
-
-def worst(found: Iterable[Behind | None]) -> Behind | None:
-    """The worst of what chunks stand on."""
-    known = [one for one in found if one is not None]
-    if not known:
-        return None
-    return Behind(min(one.level for one in known), max(one.kl_nats for one in known))
 
 
 def _exact_run(held: Sequence[Held]) -> int:

@@ -17,8 +17,8 @@ from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.vllm_events import Change, Events
 from kvstore.connectors.vllm_options import Options
-from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens
-from kvstore.connectors.vllm_requests import Found, LossyBlocks, Tracked, is_keyed, level_of, worst
+from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens, worst
+from kvstore.connectors.vllm_requests import Found, LossyBlocks, Tracked, is_keyed, level_of
 from kvstore.connectors.vllm_scout import Scout
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys

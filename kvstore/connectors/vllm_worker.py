@@ -19,7 +19,7 @@ from kvstore.connectors.background import Background, BoundedBytes
 from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
 from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
 from kvstore.connectors.vllm_options import Options
-from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save
+from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, worst
 from kvstore.connectors.vllm_transfers import Loading, Staged
 from kvstore.errors import BackendUnavailableError, FrameCorruptError, FrameError, KVStoreError, PipelineError
 from kvstore.frame import Frame
@@ -238,7 +238,7 @@ class WorkerSide:
                 loading.size_bytes += frame.size_bytes
                 if not exact:
                     loading.lossy_chunks += 1
-                    loading.behind = _worse(loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS))
+                    loading.behind = worst((loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS)))
         except (FrameError, PipelineError) as exc:
             log.warning("chunk %d of a prefix cannot be decoded: %s", load.first + number, exc)
             return "corrupt" if isinstance(exc, FrameCorruptError) else "identity"
@@ -376,7 +376,3 @@ class WorkerSide:
         if self._announces:
             with self._ended_lock:
                 self._saved.update(dict.fromkeys(keys, held))
-
-
-def _worse(known: Behind | None, found: Behind) -> Behind:
-    return found if known is None else Behind(min(known.level, found.level), max(known.kl_nats, found.kl_nats))
