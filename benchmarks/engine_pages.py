@@ -14,8 +14,9 @@ to its rate in both directions. Prefixes were stored before, over the unshaped l
 prefix and 32 tokens that nobody has seen, and asks for one token; before each one the engine's own cache is
 emptied (not timed). In every round all methods are asked for the same prompts, in an order drawn anew, one at a
 time; *recompute* and *kvstore* twice, because the aim on their ratio is narrower than one request is
-repeatable. *recompute* has no connector. Every engine is bound to all cores, which vLLM does not do by itself.
-Engines that are not asked are stopped (SIGSTOP): vLLM spins for a second after each request, and five engines
+repeatable. *recompute* has no connector, nor has *a second engine*, which is there to show what two engines that are
+alike differ by. Every engine is bound to all cores, which vLLM does not do by itself.
+Engines that are not asked are stopped (SIGSTOP): vLLM spins for a second after each request, and six engines
 on two cores would feel that where users with one do not. *kvstore* is the connector with its default options:
 raw chunks, and a guard that recomputes where it expects a fetch to take longer; *always fetch* is without the
 guard, of raw chunks or up to a level of `ladder-packed`. *LMCache* is its MP mode: the server keeps chunks in
@@ -31,8 +32,12 @@ _RATIO_TEXT = """\
 **Ratio** is the TTFT of kvstore with its default options divided by the other one's, both medians; below 1 is
 faster. *low* and *high* bound its 95 % interval: rounds drawn with replacement, 2,000 times."""
 
+_PLACEBO_TEXT = """\
+TTFT of the second engine without a connector divided by the first one's: what nobody can tell from a difference."""
+
 _STYLES = {
     "recompute": ("#202020", "--", 1.6),
+    "recompute, a second engine": ("#909090", ":", 1.2),
     "kvstore": ("#1f5fa8", "-", 2.6),
     "kvstore, always fetch": ("#7fa8d4", "-", 1.2),
     "kvstore, always fetch level 0": ("#2f8f5b", "-", 1.2),
@@ -129,6 +134,18 @@ ENGINE_PAGES: Mapping[str, Page] = {
                     Column("link_gbit_per_s", "link", _rate),
                     Column("prefix_tokens", "prefix"),
                     Column("against", "against"),
+                    Column("ratio", "ratio", _three_digits),
+                    Column("low", "low", two_digits),
+                    Column("high", "high", two_digits),
+                    Column("n", "n"),
+                ),
+            ),
+            "placebo": RowTable(
+                "A second engine against the first",
+                _PLACEBO_TEXT,
+                (
+                    Column("link_gbit_per_s", "link", _rate),
+                    Column("prefix_tokens", "prefix"),
                     Column("ratio", "ratio", _three_digits),
                     Column("low", "low", two_digits),
                     Column("high", "high", two_digits),

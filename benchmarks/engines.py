@@ -74,10 +74,13 @@ class Method(NamedTuple):
 
 
 RECOMPUTE = Method("recompute", "plain")
+PLACEBO = Method("recompute, a second engine", "plain again")
+"""The same once more: what engines that are alike differ by, no comparison can tell."""
 KVSTORE = Method("kvstore", "kvstore", guarded=True)
 LMCACHE = Method("LMCache", "lmcache")
 METHODS = (
     RECOMPUTE,
+    PLACEBO,
     KVSTORE,
     Method("kvstore, always fetch", "raw"),
     *(Method(f"kvstore, always fetch level {level}", PROFILE, level, exact=False) for level in range(3)),
@@ -85,6 +88,7 @@ METHODS = (
 )
 TRANSFERS: Mapping[str, Mapping[str, Any] | None] = {
     "plain": None,
+    PLACEBO.engine: None,
     "kvstore": to_kvstore(),
     "raw": to_kvstore(guard=False),
     PROFILE: to_kvstore(guard=False, pipeline=PROFILE),
@@ -271,7 +275,7 @@ class Bench:
         """Let an engine compute every prefix, and wait until it can fetch what it stored."""
         for prefix in (one for some in prompts.values() for one in some):
             prompt = [*prefix, *self._take(self._run.question_tokens)]
-            if name in (RECOMPUTE.engine, KVSTORE.engine):
+            if name in (RECOMPUTE.engine, PLACEBO.engine, KVSTORE.engine):
                 _ask(asked, name, prompt, None)
             else:
                 _poll(partial(_fetches, asked, name, prompt, _whole(len(prefix))), name)
@@ -314,7 +318,7 @@ def _problems(
 ) -> Iterator[str]:
     """Where a method did not do what its name says; a benchmark of anything else would be of no use."""
     for point, found in samples.items():
-        expected = {0} if point.method is RECOMPUTE else {_whole(point.prefix_tokens)}
+        expected = {0} if point.method in (RECOMPUTE, PLACEBO) else {_whole(point.prefix_tokens)}
         if point.method.guarded:
             expected.add(0)
         if not expected.issuperset(found.cached_tokens):
@@ -362,16 +366,19 @@ def _row(point: Point, found: Samples) -> Row:
 
 
 def _ratios(samples: Mapping[Point, Samples], seed: int) -> Iterator[Row]:
-    """What users run against recomputing, and against the fastest exact cache of another project."""
+    """What users run against recomputing, and against the fastest exact cache of another project; and the placebo."""
     points = sorted({(point.link_gbit_per_s, point.prefix_tokens) for point in samples})
-    for (link_gbit_per_s, tokens), other in product(points, (RECOMPUTE, LMCACHE)):
-        ours, theirs = (samples.get(Point(link_gbit_per_s, tokens, method)) for method in (KVSTORE, other))
+    pairs = ((KVSTORE, RECOMPUTE), (KVSTORE, LMCACHE), (PLACEBO, RECOMPUTE))
+    for (link_gbit_per_s, tokens), (one, other) in product(points, pairs):
+        ours, theirs = (samples.get(Point(link_gbit_per_s, tokens, method)) for method in (one, other))
         if ours is None or theirs is None:
             continue
-        every = len(ours.ttft_s) // len(theirs.ttft_s)
-        ratio = ratio_interval(ours.ttft_s[::every], theirs.ttft_s, seed)
+        # Those that are asked twice a round are taken once.
+        count = min(len(ours.ttft_s), len(theirs.ttft_s))
+        mine, other_s = (found.ttft_s[:: len(found.ttft_s) // count] for found in (ours, theirs))
+        ratio = ratio_interval(mine, other_s, seed)
         yield {
-            "table": "ratio",
+            "table": "placebo" if one is PLACEBO else "ratio",
             "link_gbit_per_s": link_gbit_per_s,
             "prefix_tokens": tokens,
             "against": other.name,
@@ -383,7 +390,11 @@ def _ratios(samples: Mapping[Point, Samples], seed: int) -> Iterator[Row]:
 
 
 def _aims(ratios: Sequence[Row], not_run: Mapping[str, str]) -> list[Aim]:
-    by_point = {(row["link_gbit_per_s"], row["prefix_tokens"], row["against"]): row["ratio"] for row in ratios}
+    by_point = {
+        (row["link_gbit_per_s"], row["prefix_tokens"], row["against"]): row["ratio"]
+        for row in ratios
+        if row["table"] == "ratio"
+    }
     points = sorted({key[:2] for key in by_point})
     to_recompute = {point: by_point[*point, RECOMPUTE.name] for point in points}
     slowest = f"TTFT of kvstore / recompute, the worst of {len(points)} points"

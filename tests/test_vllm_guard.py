@@ -31,7 +31,26 @@ def test_step_times_lie_on_lines_between_what_was_seen() -> None:
     assert steps.seconds(500) == pytest.approx(0.1), "in proportion below the only one"
     steps.observe(100, 0.05)
     assert steps.seconds(550) == pytest.approx(0.125)
-    assert steps.seconds(2000) == pytest.approx(0.4), "and beyond the largest"
+    assert steps.seconds(2000) == pytest.approx(0.2 + 1000 * 0.15 / 900), "and beyond the largest"
+    assert steps.seconds(20) == pytest.approx(0.01)
+
+
+def test_a_first_step_that_took_long_does_not_make_the_engine_fetch_for_ever() -> None:
+    steps = StepTimes()
+    steps.observe(300, 2.0)
+    steps.observe(550, 0.045)
+    assert steps.seconds(300) <= 0.045, "a smaller step takes no longer than a larger one"
+    steps.observe(2000, 5.0)
+    assert steps.seconds(2000) <= 0.045 * (2000 / 550) ** 2, "nor much more than in proportion"
+
+
+def test_what_was_never_computed_is_computed_where_that_may_be_faster() -> None:
+    guard = Guard(bytes_per_s=12.5e6)
+    guard.observe_step(32, 0.012)
+    # 512 tokens take 0.126 s to fetch: sixteen times the one step known would be slower, but part of it is fixed.
+    assert not guard.worth(512, 1_575_000, 32)
+    guard.observe_probe(1 << 20, 0.002)
+    assert guard.worth(512, 1_575_000, 32)
 
 
 def test_a_slow_step_is_believed_less_than_a_fast_one() -> None:

@@ -4,8 +4,9 @@ It is pure: times and sizes come in as arguments. What a controller decides late
 `worth`, `hopeless` and the observations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log2
+from math import log2, sqrt
 
 _WEIGHT = 0.25
 """Weight of a new observation in the running means."""
@@ -42,17 +43,36 @@ class StepTimes:
         self.known[number] = _mean(mean_tokens, tokens, weight), _mean(mean_s, took_s, weight)
 
     def seconds(self, tokens: int) -> float:
-        """Expected seconds of a step; beyond the largest one that was seen, in proportion."""
-        below, above = (0.0, 0.0), None
-        for _, point in sorted(self.known.items()):
-            if point[0] > tokens:
-                above = point
-                break
-            below = point
-        if above is None:
-            return below[1] * tokens / below[0] if below[0] else 0.0
-        share = (tokens - below[0]) / (above[0] - below[0])
-        return below[1] + share * (above[1] - below[1])
+        """Expected seconds of a step.
+
+        Where it is not known it is rather too short: then the engine computes once and knows, while one that fetches
+        for a wrong reason never finds out. So a step takes no longer than larger ones did, nor by more than the square
+        of the tokens longer than smaller ones did (a first step may have compiled something), and beyond the largest
+        one that was seen it grows as the known ones do.
+        """
+        points = sorted(self.known.values())
+        if not points:
+            return 0.0
+        below = [(0.0, 0.0), *(point for point in points if point[0] <= tokens)]
+        above = [point for point in points if point[0] > tokens]
+        if not above:
+            expected = _beyond(points, tokens)
+        else:
+            (low, low_s), (high, high_s) = below[-1], above[0]
+            expected = low_s + (tokens - low) / (high - low) * (high_s - low_s)
+        bounds = [seconds for _, seconds in above]
+        bounds += [seconds * (tokens / size) ** 2 for size, seconds in below[1:]]
+        return min(expected, *bounds)
+
+
+def _beyond(points: Sequence[tuple[float, float]], tokens: int) -> float:
+    """Seconds of a step larger than all that were seen, at most in proportion to the largest."""
+    (first, first_s), (last, last_s) = points[0], points[-1]
+    if len(points) == 1:
+        # Part of it is a fixed cost; which part one step cannot tell.
+        return last_s * sqrt(tokens / last)
+    line = last_s + (tokens - last) * max(0.0, last_s - first_s) / (last - first)
+    return min(line, last_s * tokens / last)
 
 
 @dataclass
