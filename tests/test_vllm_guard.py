@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.engines import KVSTORE, LMCACHE, RECOMPUTE, Point, Samples, report_rows
 from benchmarks.vllm_engine import engine_python
+from kvstore.connectors.background import codec_threads
 from kvstore.connectors.guard import Guard, StepTimes
 from kvstore.connectors.paged import KL_UNKNOWN_NATS
 from kvstore.connectors.vllm_requests import LossyBlocks
@@ -174,3 +176,13 @@ def test_blocks_that_were_forgotten_are_taken_for_lossy() -> None:
     assert blocks.worst([]) is None
     blocks.clear()
     assert blocks.worst([b"a"]) is None
+
+
+def test_codec_threads_compute_on_one_core_whatever_an_engine_made_of_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    before = torch.get_num_threads()
+    with codec_threads(1, "codec") as threads:
+        assert threads.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before

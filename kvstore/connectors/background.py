@@ -4,23 +4,39 @@ import asyncio
 import logging
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
+_THREADS = 4
+
 log = logging.getLogger(__name__)
+
+
+def codec_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads that gather, encode, decode and scatter beside an engine, each on one core.
+
+    Torch would give every one of them a team of OpenMP threads. With more of these than cores, OpenMP lets none wait
+    actively any more, and every parallel loop of an engine on the CPU begins with waking its threads: 10 to 20 % of a
+    forward pass.
+    """
+    # vLLM puts a function that does nothing in the place of `torch.set_num_threads`; this sets the calling thread's.
+    return ThreadPoolExecutor(count, name, initializer=torch._C.set_num_threads, initargs=(1,))
 
 
 class Background:
     """Runs coroutines for threads that do not wait for them.
 
     Args:
-        name: Name of the thread.
+        name: Name of the thread, and of those in which its coroutines compute.
     """
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(codec_threads(_THREADS, f"{name}-codec"))
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 

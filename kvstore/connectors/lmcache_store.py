@@ -12,14 +12,14 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
 from kvstore.backend import Ack, Backend, Copy, Miss, Outcome, Reason
 from kvstore.backends.breaker import Breaker, Permit
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
-from kvstore.connectors.background import Background, BoundedBytes
+from kvstore.connectors.background import Background, BoundedBytes, codec_threads
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.lmcache_chunks import Chunk, batches
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
@@ -79,7 +79,7 @@ class ChunkStore:
         self._guard = Guard(prefill_tokens_per_s=options.prefill_tokens_per_s)
         self._pending: set[Future[Any]] = set()
         self._closing = False
-        self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix="kvstore-chunks-codec")
+        self._threads = codec_threads(options.threads, "kvstore-chunks-codec")
         self._background = Background("kvstore-chunks")
         self._gate = asyncio.Semaphore(_CONCURRENCY)
         try:

@@ -240,7 +240,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.finish_saves(self._step().saves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, (self._worker.finished() or None) if self._worker is not None else None
+        return None, (self._worker.finished(idle=self._step().idle) or None) if self._worker is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self._worker is None else self._worker.take_invalid()

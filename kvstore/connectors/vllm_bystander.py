@@ -31,7 +31,7 @@ class Bystander:
         """Take loads."""
         self._loads += loads
 
-    def finished(self) -> set[str]:
+    def finished(self, *, idle: bool = False) -> set[str]:
         """Requests whose load has failed since the last call."""
         loads, self._loads = self._loads, []
         for load in loads:

@@ -122,11 +122,19 @@ class Save(Run):
 
 @dataclass(frozen=True)
 class Step:
-    """What the workers do in one step."""
+    """What the workers do in one step; `idle` is one that computes nothing."""
 
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()
     aborted: tuple[str, ...] = ()
+    idle: bool = False
+
+
+IDLE_WAIT_S = 0.001
+"""How long an engine that computes nothing waits for what its requests wait for, instead of asking again at once.
+
+It shares an interpreter with whoever fetches and decodes, and keeps them from it while it asks.
+"""
 
 
 @dataclass(frozen=True)

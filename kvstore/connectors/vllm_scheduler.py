@@ -9,6 +9,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.vllm_events import Change, Events
 from kvstore.connectors.vllm_options import Options
-from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, Step, pack_tokens, worst
+from kvstore.connectors.vllm_plan import IDLE_WAIT_S, Counters, Load, Loaded, Report, Save, Step, pack_tokens, worst
 from kvstore.connectors.vllm_requests import Found, LossyBlocks, Tracked, is_keyed, level_of
 from kvstore.connectors.vllm_scout import Scout
 from kvstore.header import Behind
@@ -162,9 +163,17 @@ class SchedulerSide:
             for request_id, before in scheduled.items()
             if (save := self._save(request_id, before + output.num_scheduled_tokens[request_id])) is not None
         ]
-        step = Step(tuple(self._loads), tuple(saves), tuple(self._aborted))
+        if not computed_tokens and not self._loads:
+            self._await_answers()
+        step = Step(tuple(self._loads), tuple(saves), tuple(self._aborted), idle=not computed_tokens)
         self._loads, self._aborted = [], []
         return step
+
+    def _await_answers(self) -> None:
+        """Wait a moment for the answer of a look-up."""
+        lookups = [tracked.lookup for tracked in self._tracked.values() if tracked.lookup is not None]
+        if lookups:
+            wait(lookups, IDLE_WAIT_S, FIRST_COMPLETED)
 
     def receive(self, report: Report) -> None:
         """Learn what became of loads, before the engine goes on with their requests, and of saves."""

@@ -8,18 +8,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from threading import Lock
+from concurrent.futures import CancelledError, Future
+from threading import Condition
 
 import torch
 
 from kvstore.backend import Backend, Miss, Outcome, Reason, Stored
 from kvstore.codecs import Context, Planes, decode, encode
-from kvstore.connectors.background import Background, BoundedBytes
+from kvstore.connectors.background import Background, BoundedBytes, codec_threads
 from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
 from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
 from kvstore.connectors.vllm_options import Options
-from kvstore.connectors.vllm_plan import Counters, Load, Loaded, Report, Save, worst
+from kvstore.connectors.vllm_plan import IDLE_WAIT_S, Counters, Load, Loaded, Report, Save, worst
 from kvstore.connectors.vllm_transfers import Loading, Staged
 from kvstore.errors import BackendUnavailableError, FrameCorruptError, FrameError, KVStoreError, PipelineError
 from kvstore.frame import Frame
@@ -85,7 +85,7 @@ class WorkerSide:
         self._chunk_blocks = 0
         self._loading: dict[str, Loading] = {}
         self._ended: list[Loading] = []
-        self._ended_lock = Lock()
+        self._ended_lock = Condition()
         self._invalid: set[int] = set()
         self._report = Report()
         self._staged: list[Staged] = []
@@ -94,7 +94,7 @@ class WorkerSide:
         # All loads share it: it bounds what is fetched and not yet in the engine's cache.
         self._gate = asyncio.Semaphore(_CONCURRENCY)
         self._queue = BoundedBytes(options.queue_bytes)
-        self._encoder = ThreadPoolExecutor(1, "kvstore-encode")
+        self._encoder = codec_threads(1, "kvstore-encode")
         self._paused_until_s = 0.0
         self._put_batch = max(1, _BATCH_PUT_BYTES // layout.chunk_bytes)
         self._get_batch = max(1, _BATCH_GET_BYTES // layout.chunk_bytes)
@@ -118,9 +118,15 @@ class WorkerSide:
                 continue
             loading.task = self._background.submit(self._load(loading))
 
-    def finished(self) -> set[str]:
-        """Requests whose load has ended since the last call; their failed blocks are known from now on."""
+    def finished(self, *, idle: bool = False) -> set[str]:
+        """Requests whose load has ended since the last call; their failed blocks are known from now on.
+
+        Args:
+            idle: Whether the engine has nothing else to do: then this waits a moment for a load to end.
+        """
         with self._ended_lock:
+            if idle and self._loading:
+                self._ended_lock.wait_for(lambda: bool(self._ended), IDLE_WAIT_S)
             ended, self._ended = self._ended, []
         for loading in ended:
             load = loading.load
@@ -273,6 +279,7 @@ class WorkerSide:
             loading.task.cancel()
         with self._ended_lock:
             self._ended.append(loading)
+            self._ended_lock.notify_all()
 
     def _count_load(self, loading: Loading, result: Loaded) -> None:
         load, block_tokens = loading.load, self._layout.chunk_tokens // self._chunk_blocks
