@@ -1,6 +1,7 @@
 """What the vLLM connector fetches and what it leaves to the engine: estimates, hopeless prefixes, levels by request."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,36 @@ def test_a_first_step_that_took_long_does_not_make_the_engine_fetch_for_ever() -
     assert steps.seconds(300) <= 0.045, "a smaller step takes no longer than a larger one"
     steps.observe(2000, 5.0)
     assert steps.seconds(2000) <= 0.045 * (2000 / 550) ** 2, "nor much more than in proportion"
+
+
+def test_what_was_computed_while_the_machine_was_busy_is_computed_again() -> None:
+    guard = Guard(bytes_per_s=12.5e6)
+    guard.observe_step(32, 0.012)
+    for tokens in (300, 550, 1050, 2000):
+        # Three times what it takes; nothing else is known, so every fetch seems to be worth it.
+        guard.observe_step(tokens, 3 * tokens / 10_000)
+    fetched = 0
+    for _ in range(20):
+        if guard.worth(512, 1_575_000, 32):
+            fetched += 1
+        else:
+            guard.observe_step(544, 0.0544)
+    assert fetched == 4, "one look after four fetches, and it is believed"
+
+
+def test_where_fetching_is_right_it_is_looked_at_less_and_less() -> None:
+    guard = Guard(bytes_per_s=125e6)
+    guard.observe_step(32, 0.003)
+    guard.observe_step(544, 0.2)
+    looked = []
+    for number in range(400):
+        if not guard.worth(512, 1_575_000, 32):
+            looked.append(number)
+            guard.observe_step(544, 0.2)
+    assert looked[:4] == [4, 13, 30, 63]
+    assert all(later - earlier == 65 for earlier, later in itertools.pairwise(looked[4:]))
+    # What is nearly for nothing is fetched without a look.
+    assert all(guard.worth(512, 1000, 32) for _ in range(200))
 
 
 def test_what_was_never_computed_is_computed_where_that_may_be_faster() -> None:

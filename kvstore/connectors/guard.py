@@ -21,6 +21,11 @@ _STALLED_BYTES = 1 << 16
 """What a fetch that brought less counts as, so that its time is not lost."""
 
 
+_SPARED_MIN, _SPARED_MAX = 4, 64
+_WEIGHT_AFRESH = 0.75
+_SURPRISE = 1.3
+
+
 @dataclass
 class StepTimes:
     """Seconds of an engine's steps by the tokens that they compute, learned from steps.
@@ -32,15 +37,39 @@ class StepTimes:
     known: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Mean tokens and seconds, by the number of the size class; three classes an octave."""
 
+    _spared: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each class: steps that fetching has saved since the last one was seen, and after how many one is wanted."""
+
     def observe(self, tokens: int, took_s: float) -> None:
         """Learn from a step."""
-        number = round(3 * log2(tokens))
+        number = _size_class(tokens)
+        spared, patience = self._spared.pop(number, (0, _SPARED_MIN))
         if number not in self.known:
             self.known[number] = float(tokens), took_s
             return
         mean_tokens, mean_s = self.known[number]
-        weight = _WEIGHT if took_s < mean_s * tokens / mean_tokens else _SLOWER_WEIGHT
+        faster = took_s < mean_s * tokens / mean_tokens
+        weight = _WEIGHT if faster else _SLOWER_WEIGHT
+        if spared >= patience:
+            # What was known is old, and was the reason to fetch all that time.
+            surprising = took_s * _SURPRISE < mean_s * tokens / mean_tokens
+            weight = _WEIGHT_AFRESH if faster else _WEIGHT
+            self._spared[number] = (0, _SPARED_MIN if surprising else min(2 * patience, _SPARED_MAX))
         self.known[number] = _mean(mean_tokens, tokens, weight), _mean(mean_s, took_s, weight)
+
+    def spare(self, tokens: int) -> bool:
+        """A step is about to be saved by fetching; whether it should be computed instead, to see what it takes now.
+
+        An engine that fetches never sees that computing has become faster, say because the machine was busy when it
+        was last seen. Computing is never slower than an engine without a cache, so looking costs little: it is wanted
+        after 4 fetches, then after 8, 16, 32, and then one in 64.
+        """
+        number = _size_class(tokens)
+        if number not in self.known:
+            return False
+        spared, patience = self._spared.get(number, (0, _SPARED_MIN))
+        self._spared[number] = (spared + 1, patience)
+        return spared >= patience
 
     def seconds(self, tokens: int) -> float:
         """Expected seconds of a step.
@@ -63,6 +92,10 @@ class StepTimes:
         bounds = [seconds for _, seconds in above]
         bounds += [seconds * (tokens / size) ** 2 for size, seconds in below[1:]]
         return min(expected, *bounds)
+
+
+def _size_class(tokens: int) -> int:
+    return round(3 * log2(tokens))
 
 
 def _beyond(points: Sequence[tuple[float, float]], tokens: int) -> float:
@@ -134,7 +167,8 @@ class Guard:
         tries = bool(self.explore) and self.refused >= self.explore
         if tries or not self.hopeless(tokens, size_bytes, rest_tokens):
             self.refused = 0
-            return True
+            cheap = self.fetch_s(size_bytes, tokens) <= self.floor_s
+            return cheap or not self.steps.spare(tokens + rest_tokens)
         self.refused += 1
         return False
 
