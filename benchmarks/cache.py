@@ -1,50 +1,15 @@
-"""KV caches for codec benchmarks: a Gaussian source, and prompts of a model on text, split by documents."""
+"""KV caches for codec benchmarks: a Gaussian source, and text split by documents."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
-from kvstore.calibration.model import Model, planes_of
-from kvstore.codecs import Context, Pipeline, Planes, decode, encode
-from kvstore.codecs.importance import token_importance
-from kvstore.frame import Frame
-from kvstore.keys import chunk_keys
-from kvstore.layout import Layout, PlaneSpec, Rope, attention_layout
-
-CHUNK_TOKENS = 256
-CONTINUATION_TOKENS = 128
+from kvstore.calibration.model import Model
+from kvstore.codecs import Planes
+from kvstore.layout import Layout, Rope, attention_layout
 
 _DOCUMENT_START = re.compile(r"^(?=PEP: \d|- Feature Name:|eip: \d|# |Question: )", re.MULTILINE)
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A prompt with the exact cache of its prefix.
-
-    Args:
-        token_ids: The prefix, and the continuation behind it.
-        planes: K and V of the prefix, bfloat16.
-        log_p: Log-probabilities over the continuation with the exact cache, `[continuation, vocabulary]`.
-    """
-
-    token_ids: list[int]
-    planes: dict[str, torch.Tensor]
-    log_p: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the prefix."""
-        return self.planes["k"].shape[1]
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the exact cache."""
-        return sum(x.numel() * x.element_size() for x in self.planes.values())
 
 
 def gaussian_cache(seed: int) -> tuple[Layout, Planes]:
@@ -53,13 +18,6 @@ def gaussian_cache(seed: int) -> tuple[Layout, Planes]:
     layout = attention_layout("gaussian", "1", layers=4, kv_heads=8, head_dim=128, dtype="float32", rope=rope)
     generator = torch.Generator().manual_seed(seed)
     return layout, {name: torch.randn(spec.shape, generator=generator) for name, spec in layout.planes.items()}
-
-
-def bfloat16_layout(model: Model) -> Layout:
-    """Layout of a model's cache as engines keep it, whatever the model is computed in."""
-    exact = model.layout_of([0, 1], CHUNK_TOKENS)
-    specs = {name: PlaneSpec("bfloat16", spec.shape) for name, spec in exact.planes.items()}
-    return Layout(exact.model, exact.revision, specs, CHUNK_TOKENS, rope=exact.rope)
 
 
 def documents(text: str, tokens_min: int, model: Model) -> list[list[int]]:
@@ -76,65 +34,6 @@ def documents(text: str, tokens_min: int, model: Model) -> list[list[int]]:
         last = found.pop()
         found[-1] += last
     return found
-
-
-def text_windows(documents: Sequence[list[int]], count: int, prefix: int, seed: int) -> list[list[int]]:
-    """Token ids of `count` prompts with their continuations; they begin in the documents in turns.
-
-    A prompt that is longer than what is left of its document goes on in the next one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    stream = [token for ids in documents for token in ids]
-    starts = list(accumulate((len(ids) for ids in documents), initial=0))
-    length = prefix + CONTINUATION_TOKENS
-    windows = []
-    for number in range(count):
-        first = starts[number % len(documents)]
-        room = max(1, len(documents[number % len(documents)]) - length)
-        start = first + int(torch.randint(0, room, (1,), generator=generator))
-        start = min(start, len(stream) - length)
-        windows.append(stream[start : start + length])
-    return windows
-
-
-@torch.inference_mode()
-def take_prompt(model: Model, token_ids: Sequence[int], prefix: int) -> Prompt:
-    """Prefill a prompt; its cache is rounded to bfloat16 before anything is compared with it."""
-    cache = DynamicCache()
-    model.forward(token_ids[:prefix], cache)
-    planes = {name: x.bfloat16() for name, x in planes_of(cache).items()}
-    log_p = model.log_probabilities({name: x.float() for name, x in planes.items()}, token_ids[prefix:])
-    return Prompt(list(token_ids), planes, log_p)
-
-
-def encode_prompt(prompt: Prompt, layout: Layout, pipeline: Pipeline) -> list[Frame]:
-    """Frames of a prompt's chunks, encoded as `put_prefix` does."""
-    importance = None
-    if pipeline.importance is not None:
-        importance = token_importance(prompt.planes["k"], layout, pipeline.importance)
-    frames = []
-    for number, key in enumerate(chunk_keys(layout, prompt.token_ids[: prompt.tokens])):
-        start, end = number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS
-        context = Context(
-            first_position=start,
-            importance=None if importance is None else importance[:, start:end],
-            last=end == prompt.tokens,
-            token_ids=prompt.token_ids[:end],
-        )
-        chunk = {name: x[:, start:end] for name, x in prompt.planes.items()}
-        frames.append(encode(chunk, layout, pipeline, key=key, context=context))
-    return frames
-
-
-def decode_prompt(
-    frames: Sequence[Frame], layout: Layout, artefacts: dict[str, bytes], prompt: Prompt
-) -> dict[str, torch.Tensor]:
-    """Planes of all chunks, as they come out of frames."""
-    parts = [
-        decode(frame, layout, artefacts, key=frame.key, token_ids=prompt.token_ids[: (n + 1) * CHUNK_TOKENS])
-        for n, frame in enumerate(frames)
-    ]
-    return {name: torch.cat([part[name] for part in parts], 1) for name in prompt.planes}
 
 
 def snr_db(exact: Planes, found: Planes) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.cache import documents, load_text, text_windows
+from benchmarks.cache import documents, load_text
 from benchmarks.engine_reader import TOKENS, LogP, Reader, Run, differences, kl_nats, leading
 from benchmarks.harness import Aim, Row, argument_parser, at_least, at_most, output_path, write_result
 from benchmarks.lookup import lookup_prompt
@@ -30,6 +30,7 @@ from benchmarks.vllm_engine import VllmEngine, engine_python, kvstore_transfer
 from kvstore.calibration.model import Model
 from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
 from kvstore.layout import Layout
+from kvstore.profiler.prompts import text_windows
 
 NAME = "engine_quality"
 PROMPT_TOKENS = 1000

@@ -20,23 +20,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.cache import (
-    CONTINUATION_TOKENS,
-    Prompt,
-    bfloat16_layout,
-    decode_prompt,
-    documents,
-    encode_prompt,
-    load_text,
-    take_prompt,
-    text_windows,
-)
+from benchmarks.cache import documents, load_text
 from benchmarks.harness import Aim, Row, argument_parser, at_least, at_most, missed_for, output_path, write_result
 from benchmarks.lookup import lookup_window
 from benchmarks.quality_methods import CALIBRATIONS, PROMPTS, Method, low_heads, make_artefact, methods
 from kvstore.calibration.model import Model
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
+from kvstore.profiler.prompts import (
+    CONTINUATION_TOKENS,
+    Prompt,
+    bfloat16_layout,
+    decode_prompt,
+    encode_prompt,
+    take_prompt,
+    text_windows,
+)
 
 NAME = "quality"
 TARGETS = (0.003, 0.01, 0.03, 0.1)

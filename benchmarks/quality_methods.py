@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache import Prompt, documents, load_text, take_prompt, text_windows
+from benchmarks.cache import documents, load_text
 from kvstore.calibration.calibrate import calibrate
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
@@ -14,6 +14,7 @@ from kvstore.codecs import NAMED, Pipeline, build_pipeline
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.codecs.named import kvtc, ladder, ladder_klt, ladder_repeats, ladder_tokens, ladder_weighted
 from kvstore.codecs.recompositions import Spec, kivi, kvserve, turboquant
+from kvstore.profiler.prompts import Prompt, take_prompt, text_windows
 
 PROMPTS = 96
 

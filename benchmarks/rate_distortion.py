@@ -12,17 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache import (
-    bfloat16_layout,
-    decode_prompt,
-    documents,
-    encode_prompt,
-    gaussian_cache,
-    load_text,
-    snr_db,
-    take_prompt,
-    text_windows,
-)
+from benchmarks.cache import documents, gaussian_cache, load_text, snr_db
 from benchmarks.harness import Aim, Row, argument_parser, at_most, output_path, write_result
 from kvstore.calibration.calibrate import calibrate
 from kvstore.calibration.model import Model
@@ -34,6 +24,7 @@ from kvstore.codecs.recompositions import kvserve
 from kvstore.demo.main import DEFAULT_MODEL, DEFAULT_TEXT
 from kvstore.errors import PipelineError
 from kvstore.keys import chunk_keys
+from kvstore.profiler.prompts import bfloat16_layout, decode_prompt, encode_prompt, take_prompt, text_windows
 
 NAME = "rate_distortion"
 _STEPS = (48, 64)

@@ -14,6 +14,7 @@ from benchmarks.engine_pages import ENGINE_PAGES
 from benchmarks.engine_quality_pages import ENGINE_QUALITY_PAGES
 from benchmarks.harness import RESULTS, ROOT, Row
 from benchmarks.peer_pages import PEER_PAGES
+from benchmarks.profiler_pages import PROFILER_PAGES
 from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure, two_digits
 from benchmarks.tier_pages import TIER_PAGES
 
@@ -233,6 +234,7 @@ PAGES: Mapping[str, Page] = {
     **ENGINE_PAGES,
     **ENGINE_QUALITY_PAGES,
     **PEER_PAGES,
+    **PROFILER_PAGES,
     **TIER_PAGES,
 }
 """How each benchmark is shown; one that is not listed gets plain tables of its rows."""

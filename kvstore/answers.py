@@ -92,6 +92,11 @@ def parse_nothing(_: bytes) -> None:
     return
 
 
+def parse_missing(text: bytes) -> list[str]:
+    """The artefacts that a server still needs for the profiles that it was given."""
+    return [str(digest) for digest in load_answer(text)["missing"]]
+
+
 def parse_match(keys: int, text: bytes) -> Match:
     """The match that a JSON answer tells about so many keys."""
     answer = load_answer(text)

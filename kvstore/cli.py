@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run a server"))
     _add_demo(commands.add_parser("demo", help="store, fetch and reuse a real model's KV cache"))
     _add_calibrate(commands.add_parser("calibrate", help="measure a model on text, for the pipelines that need it"))
+    _add_profile(commands.add_parser("profile", help="find the compression profiles of a model, from text"))
+    _add_profiles(commands.add_parser("profiles", help="list, show and push sets of profiles"))
     _add_inspect(commands.add_parser("inspect", help="show and verify a frame or a calibration artefact"))
     _add_fsck(commands.add_parser("fsck", help="verify the disk tier of a server that does not run, and mend it"))
     return parser
@@ -93,6 +95,57 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (0)")
     parser.add_argument("--json", action="store_true", help="print the artefact's card as JSON")
     parser.set_defaults(run=_calibrate)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="PATH", required=True, help="folder of a Hugging Face causal LM")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="text of the kind that will be served; parts of it calibrate, are searched on and measure",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (profiles-MODEL)")
+    parser.add_argument("--budget", type=int, metavar="N", help="configurations to measure with the model (40)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what to compute and to time on (cpu)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (one a core, or one on a GPU)")
+    parser.add_argument("--buckets", type=int, metavar="N", nargs="+", help="prompt lengths, tokens (256 512 1536)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="prompts of each length to search on (12)")
+    parser.add_argument("--final-prompts", type=int, metavar="N", help="and to measure the profiles on (64)")
+    parser.add_argument("--pool", type=int, metavar="N", help="candidates to try without the model (320)")
+    parser.add_argument("--profiles", type=int, metavar="N", help="profiles to keep at most (16)")
+    parser.add_argument("--loss-max", type=float, metavar="NATS", help="largest quality loss of interest (0.3)")
+    parser.add_argument(
+        "--no-calibrated", dest="calibrated", action="store_false", help="only strategies that need no calibration"
+    )
+    parser.add_argument(
+        "--no-token-ids", dest="token_ids", action="store_false", help="readers will not know the token ids"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (0)")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    parser.set_defaults(run=_profile)
+
+
+def _add_profiles(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    listing = verbs.add_parser("list", help="say in a line each what sets there are")
+    listing.add_argument("sets", type=Path, metavar="SET", nargs="*", help="files or folders (all that are here)")
+    listing.set_defaults(run=_list_profiles)
+    showing = verbs.add_parser("show", help="show the profiles of a set")
+    showing.add_argument("set", type=Path, metavar="SET", help="a file, the folder of a run, or 'default'")
+    showing.set_defaults(run=_show_profiles)
+    pushing = verbs.add_parser("push", help="give a server the profiles of a namespace")
+    pushing.add_argument("set", type=Path, metavar="SET", help="a file, the folder of a run, or 'default'")
+    pushing.add_argument("--url", default="http://127.0.0.1:8420", help="the server (%(default)s)")
+    pushing.add_argument("--namespace", metavar="HEX", required=True, help="32 digits, as 'kvstore inspect' shows them")
+    pushing.add_argument("--token", help="bearer token (KVSTORE_TOKEN)")
+    pushing.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for each file (%(default)s)")
+    pushing.set_defaults(run=_push_profiles)
+    for verb in (listing, showing, pushing):
+        verb.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +235,92 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 _CALIBRATION = ("prompts", "group_layers", "span", "window", "metric", "seed")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    try:
+        from kvstore.profiler.command import run_profile, summary
+        from kvstore.profiler.options import Options
+    except ImportError as exc:
+        extra = "pip install 'kvstore[profiler]'"
+        raise ConfigError(f"profiling needs torch, transformers, botorch and matplotlib: {extra} ({exc})") from exc
+    chosen = {name: value for name in _PROFILE if (value := getattr(args, name)) is not None}
+    if args.buckets is not None:
+        chosen["buckets"] = tuple(args.buckets)
+    out = args.out or Path(f"profiles-{args.model.resolve().name}")
+    options = Options(model=args.model, texts=tuple(args.calibration), out=out, **chosen)
+    try:
+        finished = run_profile(options)
+    except KeyboardInterrupt:
+        print(f"kvstore: interrupted; what was measured is kept, go on with --resume --out {out}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(summary(finished, options)))
+        return 0
+    from rich.console import Console
+
+    from kvstore.profile_sets import set_table
+
+    Console().print(set_table(finished.profiles))
+    print(f"profiles: {out / 'profiles.json'}\nreport:   {out / 'report.html'}")
+    return 0
+
+
+_PROFILE = (
+    "budget",
+    "device",
+    "resume",
+    "jobs",
+    "prompts",
+    "final_prompts",
+    "pool",
+    "profiles",
+    "loss_max",
+    "calibrated",
+    "token_ids",
+    "seed",
+)
+
+
+def _list_profiles(args: argparse.Namespace) -> int:
+    from kvstore.profile_sets import list_sets, list_table
+
+    rows = list_sets(args.sets)
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    from rich.console import Console
+
+    Console().print(list_table(rows))
+    return 0
+
+
+def _show_profiles(args: argparse.Namespace) -> int:
+    from kvstore.profile import profiles_json
+    from kvstore.profile_sets import read_set, set_table
+
+    found = read_set(args.set)
+    if args.json:
+        print(json.dumps(profiles_json(found)))
+        return 0
+    from rich.console import Console
+
+    Console().print(set_table(found))
+    return 0
+
+
+def _push_profiles(args: argparse.Namespace) -> int:
+    from kvstore.profile_sets import push_set
+
+    token = args.token or os.environ.get("KVSTORE_TOKEN")
+    report = asyncio.run(
+        push_set(args.set, url=args.url, namespace=args.namespace, token=token, timeout_s=args.timeout)
+    )
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(f"{report['profiles']} profiles and {report['artefacts']} artefacts pushed for {report['namespace']}")
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
+import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from aiohttp import hdrs
 from kvstore.answers import (
     MALFORMED,
     parse_match,
+    parse_missing,
     parse_nothing,
     parse_page,
     parse_puts,
@@ -29,12 +31,14 @@ from kvstore.errors import (
     FrameError,
     FrameVersionError,
     KVStoreError,
+    NoProfilesError,
     RequestError,
 )
 from kvstore.frame import Frame
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from kvstore.link_body import LinkBody
 from kvstore.links import LinkRefusedError, Links
+from kvstore.profile import ProfileSet, load_profiles, profiles_json
 from kvstore.questions import Views, bodies, body_of, by_namespace, target_of, wait_query
 from kvstore.stream import KEYS_MAX, Fetch
 from kvstore.wire import (
@@ -193,6 +197,28 @@ class Client:
             for found in page:
                 yield found
             query["after"] = page[-1][0][NAMESPACE_BYTES:].hex()
+
+    async def profiles(self, namespace: bytes) -> ProfileSet | None:
+        """The profiles that were pushed for a namespace, None where none were."""
+        try:
+            return await self._ask("GET", f"/v1/profiles/{namespace.hex()}", {}, None, load_profiles)
+        except NoProfilesError:
+            return None
+
+    async def push_profiles(self, namespace: bytes, found: ProfileSet, artefacts: Mapping[str, bytes]) -> None:
+        """Give the server a namespace's profiles, in place of those before.
+
+        Args:
+            namespace: Of the chunks that they are for.
+            found: The profiles.
+            artefacts: The calibration artefacts that they need, by digest.
+        """
+        path = f"/v1/profiles/{namespace.hex()}"
+        data = json.dumps(profiles_json(found)).encode()
+        missing = await self._ask("PUT", path, {}, Views([memoryview(data)], "application/json"), parse_missing)
+        for digest in missing:
+            body = Views([memoryview(artefacts[digest])], "application/octet-stream")
+            await self._ask("PUT", f"{path}/artefacts/{digest}", {}, body, parse_nothing)
 
     async def aclose(self) -> None:
         if self._links is not None:

@@ -71,6 +71,18 @@ class PipelineError(KVStoreError):
     code = "pipeline"
 
 
+class ProfileError(KVStoreError):
+    """A set of profiles is not what this build knows, or a profile lacks what it needs."""
+
+    code = "profile"
+
+
+class NoProfilesError(ProfileError):
+    """No set of profiles was pushed for the namespace, or the set has no such artefact."""
+
+    code = "no-profiles"
+
+
 class FrameError(KVStoreError):
     """Bytes are not a frame that this build may decode."""
 

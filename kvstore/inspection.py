@@ -28,6 +28,7 @@ _ARTEFACT_HEADER_BYTES_MAX = 1 << 24
 _LABELS = {"continuation_tokens": "continuation"}
 """Names that would leave no room for a digest on a line of 80."""
 _AXES_MAX = 8
+_SIZE_BYTES = 8
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -183,6 +184,8 @@ def pipelines_for(card: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
 
 def _safetensors_header(data: memoryview) -> tuple[Report, int]:
     """The JSON header, and the bytes behind it."""
+    if len(data) < _SIZE_BYTES:
+        raise KVStoreError(f"{len(data)} bytes are too few for an artefact")
     size = struct.unpack_from("<Q", data)[0]
     if size > min(len(data) - 8, _ARTEFACT_HEADER_BYTES_MAX):
         raise KVStoreError(f"the artefact claims a header of {size} bytes; it is cut, or something else")

@@ -72,6 +72,28 @@ def test_a_calibrated_stage_alone_loses_only_rounding(name: str) -> None:
     assert not pipeline.lossless
 
 
+def test_a_cap_on_the_rank_keeps_the_leading_coefficients_and_costs_nothing_for_the_others() -> None:
+    tensors = make_tensors()
+    artefacts = artefacts_of(tensors)
+    layout = of_dtype(TINY, "float32")
+    planes, key = planes_like(layout), chunk_keys(layout, TOKEN_IDS)[0]
+    found, sizes = {}, {}
+    for rank in (0, 6):
+        stage = {"stage": "klt", "artefact": next(iter(artefacts)), "rank": rank}
+        for name, rest in (("raw", []), ("coded", [{"stage": "nested", "step": -300}, {"stage": "rans"}])):
+            pipeline = build_pipeline([stage, *rest, {"stage": "raw"}], artefacts)
+            frame = encode(planes, layout, pipeline, key=key)
+            found[name, rank] = decode(frame, layout, artefacts, key=key)
+            sizes[name, rank] = frame.size_bytes
+    forward, inverse = (tensors[f"k.{side}.0"][0].double() for side in ("forward", "inverse"))
+    projected = planes["k"][0].flatten(1).double() @ forward[:, :6] @ inverse[:6]
+    assert error(found["raw", 6]["k"][0].flatten(1), projected) < 1e-9
+    assert error(found["coded", 6]["k"][0].flatten(1), projected) < 0.01
+    assert sizes["coded", 6] < 0.8 * sizes["coded", 0]
+    with pytest.raises(PipelineError, match="rank must be an integer"):
+        build_pipeline([{"stage": "klt", "artefact": next(iter(artefacts)), "rank": -1}], artefacts)
+
+
 def test_a_basis_makes_an_error_cost_the_same_in_every_direction() -> None:
     tensors = make_tensors()
     forward, inverse = tensors["k.forward.0"][0].double(), tensors["k.inverse.0"][0].double()

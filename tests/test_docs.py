@@ -70,7 +70,9 @@ def test_every_metric_is_documented() -> None:
         assert f"`{name}`" in page("metrics")
 
 
-@pytest.mark.parametrize(("command", "name"), [("inspect", "format"), ("calibrate", "calibration"), ("demo", None)])
+@pytest.mark.parametrize(
+    ("command", "name"), [("inspect", "format"), ("calibrate", "calibration"), ("profile", "profiler"), ("demo", None)]
+)
 def test_every_flag_of_a_command_is_documented(
     command: str, name: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,17 @@ def calibrated(make: Any, **basis: Any) -> Case:
     return Case(make(next(iter(artefacts)), levels=2, step=-200), basis=basis, lanes=(256,))
 
 
+def capped(make: Any) -> Any:
+    """The same pipeline with half of the coefficients of its basis."""
+
+    def make_capped(artefact: str, **settings: Any) -> Any:
+        return tuple(
+            {**stage, "rank": 20} if stage["stage"] == "klt" else stage for stage in make(artefact, **settings)
+        )
+
+    return make_capped
+
+
 def artefacts_for(layout: Layout, basis: Mapping[str, Any]) -> dict[str, bytes]:
     card = {"group_layers": basis.get("group_layers", 1), "joint": basis.get("joint", False)}
     return artefacts_of(make_tensors(layout, **basis), **card)
@@ -115,6 +126,8 @@ CASES = {
     "klt predicted": calibrated(ladder_tokens, joint=True, window=2),
     "klt predicted over layers": calibrated(ladder_tokens, group_layers=2, window=1),
     "klt joint over layers": calibrated(ladder_klt, group_layers=2, joint=True),
+    "klt capped": calibrated(capped(ladder_klt)),
+    "klt capped over layers": calibrated(capped(ladder_klt), group_layers=2),
 }
 
 

@@ -35,44 +35,83 @@ def calibrate(model: Model, texts: Sequence[Path], settings: Settings, progress:
         ConfigError: The text is too short, or the model is not one that can be calibrated.
     """
     settings.check()
+    return calibrate_all(model, _token_ids(model, texts), [text.name for text in texts], [settings], progress)[0]
+
+
+def calibrate_all(
+    model: Model,
+    token_ids: Sequence[int],
+    texts: Sequence[str],
+    settings: Sequence[Settings],
+    progress: Progress = lambda _: None,
+) -> list[bytes]:
+    """Calibrate a model for several bases at once: prompts and gradients are what takes time, and they are shared.
+
+    Args:
+        model: Loaded in float32.
+        token_ids: The text.
+        texts: Its names, for the artefacts' cards.
+        settings: Of each artefact; they differ in `group_layers`, `span`, `joint` and `window` only.
+        progress: Told the share that is done, 0 to 1.
+
+    Raises:
+        ConfigError: The text is too short, or the model is not one that can be calibrated.
+    """
+    shared = settings[0]
     model.freeze()
-    torch.manual_seed(settings.seed)
-    for attention in model.attentions if settings.metric == "power" else ():
+    torch.manual_seed(shared.seed)
+    for attention in model.attentions if shared.metric == "power" else ():
         require_output_projection(attention)
-    windows = _windows(model, texts, settings)
+    windows = _windows(model, token_ids, shared)
     layout = model.layout_of(windows[0][0][:2])
     if layout.rope is None:
         raise ConfigError(
             "the model's configuration names no single rotary embedding (rope_parameters); "
             "models without one cannot be calibrated yet"
         )
-    table = token_table(model, windows, settings.token_dims) if settings.window else None
-    statistics = Statistics(layout, settings, table)
+    table = token_table(model, windows, shared.token_dims) if any(one.window for one in settings) else None
+    statistics = {
+        layers: Statistics(
+            layout, layers, sorted({one.window for one in settings if one.group_layers == layers}), table
+        )
+        for layers in sorted({one.group_layers for one in settings})
+    }
     samples: list[Sample] = []
-    for number, (token_ids, prefix) in enumerate(windows):
-        sample = take_sample(model, layout, token_ids, prefix)
-        statistics.add(sample)
-        if settings.metric == "fisher":
-            for gradients in fisher_gradients(model, layout, sample, settings.repeats):
-                statistics.add_gradients(gradients)
+    for number, (ids, prefix) in enumerate(windows):
+        sample = take_sample(model, layout, ids, prefix)
+        for moments in statistics.values():
+            moments.add(sample)
+        if shared.metric == "fisher":
+            for gradients in fisher_gradients(model, layout, sample, shared.repeats):
+                for moments in statistics.values():
+                    moments.add_gradients(gradients)
         # Queries are all that is looked at again.
         samples.append(replace(sample, planes={}, bare={}))
         progress((number + 1) / len(windows))
-    tensors = statistics.fit(model, samples)
-    tensors["probes"] = _probes(samples, settings)
-    if table is not None:
-        tensors["tokens"] = table
-    return save_artefact(tensors, _card(model, layout, texts, settings, sum(len(ids) for ids, _ in windows)))
+    found = {one: statistics[one.group_layers].fit(model, samples, one) for one in settings}
+    probes = _probes(samples, shared)
+    tokens = sum(len(ids) for ids, _ in windows)
+    artefacts = []
+    for one in settings:
+        tensors = found[one] | {"probes": probes}
+        if one.window and table is not None:
+            tensors["tokens"] = table
+        artefacts.append(save_artefact(tensors, _card(layout, texts, one, tokens)))
+    return artefacts
 
 
-def _windows(model: Model, texts: Sequence[Path], settings: Settings) -> list[tuple[list[int], int]]:
-    """Token ids of every prompt with its continuation, and the length of its prefix."""
+def _token_ids(model: Model, texts: Sequence[Path]) -> list[int]:
     ids: list[int] = []
     for text in texts:
         try:
             ids += model.tokenize(text.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"cannot read {text}: {exc}") from exc
+    return ids
+
+
+def _windows(model: Model, ids: Sequence[int], settings: Settings) -> list[tuple[list[int], int]]:
+    """Token ids of every prompt with its continuation, and the length of its prefix."""
     generator = torch.Generator().manual_seed(settings.seed)
     windows = []
     for number in range(settings.prompts):
@@ -86,7 +125,7 @@ def _windows(model: Model, texts: Sequence[Path], settings: Settings) -> list[tu
         if length >= len(ids):
             raise ConfigError(f"the text has {len(ids)} tokens, a prompt needs {length}: give more text")
         start = int(torch.randint(0, len(ids) - length, (1,), generator=generator))
-        windows.append((ids[start : start + length], prefix))
+        windows.append((list(ids[start : start + length]), prefix))
     return windows
 
 
@@ -98,11 +137,11 @@ def _probes(samples: Sequence[Sample], settings: Settings) -> torch.Tensor:
     return torch.stack(drawn).half()
 
 
-def _card(model: Model, layout: Layout, texts: Sequence[Path], settings: Settings, tokens: int) -> dict[str, object]:
+def _card(layout: Layout, texts: Sequence[str], settings: Settings, tokens: int) -> dict[str, object]:
     return {
         "model": layout.model,
         "revision": layout.revision,
-        "texts": [text.name for text in texts],
+        "texts": list(texts),
         "tokens": tokens,
         "prompts": settings.prompts,
         "prefix_tokens": list(settings.prefix_tokens),

@@ -164,7 +164,7 @@ def output_gram(model: Model, kv_heads: int, head_dim: int) -> torch.Tensor:
     grams = []
     for attention in model.attentions:
         require_output_projection(attention)
-        weight = attention.o_proj.weight.detach().float()
+        weight = attention.o_proj.weight.detach().float().cpu()
         parts = weight.view(len(weight), kv_heads, -1, head_dim).permute(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
         grams.append(parts.transpose(1, 2) @ parts)
     return torch.stack(grams)
@@ -189,7 +189,7 @@ def _captured_queries(model: Model) -> Iterator[list[torch.Tensor]]:
     captured: list[torch.Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        captured.append(output.detach().reshape(output.shape[1], -1))
+        captured.append(output.detach().reshape(output.shape[1], -1).cpu())
 
     hooks: list[Callable[[], None]] = []
     for attention in model.attentions:

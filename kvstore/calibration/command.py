@@ -45,7 +45,7 @@ def run_calibration(*, model: Path, texts: Sequence[Path], out: Path, settings: 
                 progress.update(bar, description="computing bases", total=None)
 
         data = calibrate(loaded, texts, settings, show)
-    _write(out, data)
+    write_whole(out, data)
     return inspect_file(out) | {"path": str(out)}
 
 
@@ -59,8 +59,12 @@ def _check_path(out: Path, force: bool) -> None:
         raise ConfigError(f"{out.parent} is no directory that can be written to")
 
 
-def _write(out: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+def write_whole(out: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with scratch.open("xb") as stream:

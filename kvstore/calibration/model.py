@@ -17,17 +17,18 @@ from kvstore.layout import Layout, PlaneSpec, Rope
 
 
 class Model:
-    """A causal LM on the CPU, with its tokenizer and the identity of its cache.
+    """A causal LM, with its tokenizer and the identity of its cache. What goes in and comes out is on the CPU.
 
     Args:
         folder: Folder with `config.json`, safetensors weights and a tokenizer.
         dtype: What to compute in; `auto` is what the weights are in.
+        device: What to compute on.
 
     Raises:
-        ConfigError: The folder holds no model that can be loaded.
+        ConfigError: The folder holds no model that can be loaded, or the device is not there.
     """
 
-    def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
+    def __init__(self, folder: Path, *, dtype: str = "auto", device: str = "cpu") -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is no model folder: it has no config.json")
         transformers_logging.disable_progress_bar()
@@ -38,7 +39,11 @@ class Model:
             # What follows the first line are lists of all models that there are.
             reason = str(exc).strip().partition("\n")[0]
             raise ConfigError(f"cannot load the model in {folder}: {reason}") from exc
-        self._model.eval()
+        try:
+            self._model.eval().to(device)
+        except (AssertionError, RuntimeError) as exc:
+            raise ConfigError(f"cannot put the model on the device {device!r}: {exc}") from exc
+        self._device = torch.device(device)
         self._folder = folder
 
     @property
@@ -90,7 +95,7 @@ class Model:
     def embeddings(self) -> torch.Tensor:
         """Input embeddings, `[vocabulary, hidden]`."""
         weight: torch.Tensor = self._model.get_input_embeddings().weight.detach()
-        return weight
+        return weight.cpu()
 
     def freeze(self) -> None:
         """Ask for no gradients of the weights, so that those of a cache are all there is."""
@@ -98,15 +103,16 @@ class Model:
 
     def log_probabilities(self, planes: Mapping[str, torch.Tensor], token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities behind a prefix, `[tokens, vocabulary]` float32; gradients flow into the planes."""
-        out = self._model(torch.tensor([token_ids]), past_key_values=cache_of(planes), use_cache=True)
-        found: torch.Tensor = out.logits[0].float().log_softmax(-1)
+        ids = torch.tensor([token_ids], device=self._device)
+        out = self._model(ids, past_key_values=cache_of(planes, self._device), use_cache=True)
+        found: torch.Tensor = out.logits[0].float().log_softmax(-1).cpu()
         return found
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         """Logits of every position, `[tokens, vocabulary]` float32; `cache` grows by the tokens."""
-        out = self._model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True)
-        logits: torch.Tensor = out.logits[0].float()
+        out = self._model(torch.tensor([token_ids], device=self._device), past_key_values=cache, use_cache=True)
+        logits: torch.Tensor = out.logits[0].float().cpu()
         return logits
 
     def go_on(
@@ -123,11 +129,11 @@ class Model:
             The greedy continuation of the same length, and the logits before every token of the given one,
             `[tokens, vocabulary]` float32.
         """
-        cache = cache_of(planes)
+        cache = cache_of(planes, self._device)
         greedy = [int(self.forward(tail_ids, cache)[-1].argmax())]
         while len(greedy) < len(continuation_ids):
             greedy.append(int(self.forward(greedy[-1:], cache)[-1].argmax()))
-        logits = self.forward([*tail_ids, *continuation_ids[:-1]], cache_of(planes))
+        logits = self.forward([*tail_ids, *continuation_ids[:-1]], cache_of(planes, self._device))
         return greedy, logits[len(tail_ids) - 1 :].contiguous()
 
     def layout_of(self, token_ids: Sequence[int], chunk_tokens: int = 256) -> Layout:
@@ -161,16 +167,16 @@ def planes_of(cache: DynamicCache) -> dict[str, torch.Tensor]:
         raise ConfigError(
             "the model keeps sliding windows or other state beside K and V; its prefixes cannot be stored"
         )
-    keys = torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers])
-    values = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers])
+    keys = torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers]).cpu()
+    values = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers]).cpu()
     return {"k": keys, "v": values}
 
 
-def cache_of(planes: Mapping[str, torch.Tensor]) -> DynamicCache:
+def cache_of(planes: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> DynamicCache:
     """A cache that holds these planes."""
     cache = DynamicCache()
     for layer in range(planes["k"].shape[0]):
-        keys, values = (planes[name][layer].transpose(0, 1)[None].contiguous() for name in ("k", "v"))
+        keys, values = (planes[name][layer].to(device).transpose(0, 1)[None].contiguous() for name in ("k", "v"))
         cache.update(keys, values, layer)
     return cache
 

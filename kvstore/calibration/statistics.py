@@ -14,32 +14,44 @@ from kvstore.layout import Layout
 
 
 class Statistics:
-    """Moments of every layer group, of K and V in one vector: what a basis needs is a part of them."""
+    """Moments of every layer group, of K and V in one vector: what a basis needs is a part of them.
 
-    def __init__(self, layout: Layout, settings: Settings, table: torch.Tensor | None) -> None:
-        self._settings = settings
+    Args:
+        layout: Of the model's caches.
+        group_layers: Layers in a group.
+        windows: Every number of tokens from which K and V are to be predicted, 0 for a mean alone.
+        table: A vector for every token, where one of them is not 0.
+    """
+
+    def __init__(self, layout: Layout, group_layers: int, windows: Sequence[int], table: torch.Tensor | None) -> None:
         self._table = table
         self._heads, self._dim = layout.planes["k"].shape[2:]
-        step = settings.group_layers
-        self._groups = [range(i, min(i + step, layout.layers)) for i in range(0, layout.layers, step)]
+        self._groups = [range(i, min(i + group_layers, layout.layers)) for i in range(0, layout.layers, group_layers)]
         self._values = {group[0]: Moments(2 * len(group) * self._width) for group in self._groups}
         self._costs = {group[0]: Moments(2 * len(group) * self._width) for group in self._groups}
-        inputs = 1 if table is None else settings.window * table.shape[1] + 1
-        self._fits = {group[0]: LinearFit(inputs, 2 * len(group) * self._width) for group in self._groups}
+        self._fits = {window: self._fit_from(window) for window in windows}
 
     @property
     def _width(self) -> int:
         return self._heads * self._dim
 
+    def _fit_from(self, window: int) -> dict[int, LinearFit]:
+        """A fit for every group, by its first layer."""
+        inputs = 1 if not window or self._table is None else window * self._table.shape[1] + 1
+        return {group[0]: LinearFit(inputs, 2 * len(group) * self._width) for group in self._groups}
+
     def add(self, sample: Sample) -> None:
         """Add a prompt's K and V."""
-        inputs = torch.ones(sample.tokens, 1)
-        if self._table is not None:
-            ids = torch.tensor([-1] * HISTORY + sample.token_ids[: sample.tokens])
-            inputs = features(self._table, ids, sample.tokens, self._settings.window)
-        for first, x in self._vectors(sample.bare):
+        vectors = dict(self._vectors(sample.bare))
+        for first, x in vectors.items():
             self._values[first].add(x)
-            self._fits[first].add(inputs, x)
+        for window, fits in self._fits.items():
+            inputs = torch.ones(sample.tokens, 1)
+            if window and self._table is not None:
+                ids = torch.tensor([-1] * HISTORY + sample.token_ids[: sample.tokens])
+                inputs = features(self._table, ids, sample.tokens, window)
+            for first, x in vectors.items():
+                fits[first].add(inputs, x)
 
     def add_gradients(self, gradients: Planes) -> None:
         """Add gradients of a log-likelihood by them."""
@@ -52,17 +64,23 @@ class Statistics:
         for group in self._groups:
             yield group[0], both[group[0] : group[-1] + 1].transpose(0, 1).flatten(1)
 
-    def fit(self, model: Model, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """Tensors of the artefact, but the probes."""
+    def fit(self, model: Model, samples: Sequence[Sample], settings: Settings) -> dict[str, torch.Tensor]:
+        """Tensors of the artefact, but the probes and the table of tokens.
+
+        Args:
+            model: For what the metric `power` looks at.
+            samples: The prompts, for the same.
+            settings: Of the artefact; its group and window are among those of these statistics.
+        """
         tensors: dict[str, torch.Tensor] = {}
-        metrics = self._metrics(model, samples)
+        metrics = self._metrics(model, samples, settings.metric)
         for group in self._groups:
-            matrix, covariance = self._fits[group[0]].solve()
+            matrix, covariance = self._fits[settings.window][group[0]].solve()
             metric = metrics[group[0]]
-            if self._table is not None:
+            if settings.window:
                 tensors |= self._predictions(group, matrix)
-            for name, at in self._parts(len(group)).items():
-                parts = torch.split(at, self._dim) if self._settings.span == "head" else (at,)
+            for name, at in self._parts(len(group), settings.joint).items():
+                parts = torch.split(at, self._dim) if settings.span == "head" else (at,)
                 bases = [klt(covariance[p][:, p], metric_root(metric[p][:, p])) for p in parts]
                 tensors |= basis_tensors(name, group[0], bases)
         return tensors | self._by_layer(metrics)
@@ -75,10 +93,10 @@ class Statistics:
             for n, name in enumerate(("k", "v"))
         }
 
-    def _parts(self, layers: int) -> dict[str, torch.Tensor]:
+    def _parts(self, layers: int, joint: bool) -> dict[str, torch.Tensor]:
         """Where the dimensions of each basis lie in a group's vector `[layers, K|V, heads, dim]`."""
         at = torch.arange(2 * layers * self._width).view(layers, 2, self._width)
-        if self._settings.joint:
+        if joint:
             return {"kv": at.flatten()}
         return {"k": at[:, 0].flatten(), "v": at[:, 1].flatten()}
 
@@ -97,19 +115,19 @@ class Statistics:
             tensors[f"{name}.spread"] = sigma_units(spread[:, n])
         return tensors
 
-    def _metrics(self, model: Model, samples: Sequence[Sample]) -> dict[int, torch.Tensor]:
-        if self._settings.metric == "fisher":
+    def _metrics(self, model: Model, samples: Sequence[Sample], metric: str) -> dict[int, torch.Tensor]:
+        if metric == "fisher":
             return {first: moments.power for first, moments in self._costs.items()}
-        if self._settings.metric == "none":
+        if metric == "none":
             # One unit of error costs the same everywhere in a plane; K and V each by their own variance.
             return {first: self._own_variance(moments.covariance) for first, moments in self._values.items()}
         power = query_power(samples, self._heads)
         gram = output_gram(model, self._heads, self._dim)
-        metrics = {}
+        found = {}
         for group in self._groups:
             blocks = [b for i in group for b in (torch.diag(power[i].flatten()), *gram[i])]
-            metrics[group[0]] = block_diagonal(blocks)
-        return metrics
+            found[group[0]] = block_diagonal(blocks)
+        return found
 
     def _own_variance(self, covariance: torch.Tensor) -> torch.Tensor:
         variance = covariance.diagonal().view(-1, 2, self._width)

@@ -6,9 +6,14 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from kvstore.codecs.artefact import Artefact
+from kvstore.codecs.options import require_int
 from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
 from kvstore.errors import PipelineError
 from kvstore.layout import PlaneSpec
+
+_RANK_MAX = 1 << 20
+_NO_SIGMA = -30000
+"""So far below any step that the class is below zero: nothing is coded."""
 
 
 class _Span(NamedTuple):
@@ -31,12 +36,18 @@ class Klt:
     Args:
         artefact: Digest of the calibration artefact with `k.forward.LAYER`, `k.inverse.LAYER` and `k.sigma.LAYER`, the
             layer being the first of a group; `kv.` instead of `k.` and `v.` where it is joint.
+        rank: Coefficients of each basis that are kept, 0 for all. Those behind it are announced as certainly zero, so
+            they cost neither bytes nor multiplications.
     """
 
     artefact: str = ""
+    rank: int = 0
     data: Artefact | None = field(default=None, compare=False, repr=False)
     name: ClassVar[str] = "klt"
     lossless: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_int(self.name, "rank", self.rank, 0, _RANK_MAX)
 
     @property
     def group_layers(self) -> int:
@@ -70,7 +81,10 @@ class Klt:
             shape = inferred[f".{span.out}.sigma"].shape
             firsts = context[".layer"].tolist()[: shape[0]]
             sigmas = [self._data().tensor(self.name, f"{span.out}.sigma.{first}", shape[2:]) for first in firsts]
-            found[f".{span.out}.sigma"] = torch.stack(sigmas)[:, None]
+            announced = torch.stack(sigmas)[:, None]
+            if self.rank:
+                announced[..., self.rank :] = _NO_SIGMA
+            found[f".{span.out}.sigma"] = announced
         return found
 
     def encode(self, planes: Planes, specs: Specs) -> Planes:
@@ -87,6 +101,8 @@ class Klt:
                 for vectors, matrix in zip(x, matrices, strict=True)
             ]
             out[span.out] = torch.stack(products)
+            if self.rank:
+                out[span.out][..., self.rank :] = 0.0
         return out
 
     def decode(self, planes: Planes, like: Specs) -> Planes:

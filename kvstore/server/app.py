@@ -16,6 +16,7 @@ from kvstore.server.chunk import ChunkRoutes
 from kvstore.server.fetch import FetchRoutes
 from kvstore.server.linked import LinkRoutes
 from kvstore.server.problems import Handler, problems
+from kvstore.server.profiles import ProfileRoutes, ProfileStore
 from kvstore.server.receive import Receiver
 from kvstore.server.send import Sender
 from kvstore.server.stack import StackRoutes
@@ -74,7 +75,7 @@ def create_app(
     chunk = ChunkRoutes(tenants, receiver, sender, waiting)
     batch = BatchRoutes(tenants, receiver, sender, waiting)
     fetch = FetchRoutes(tenants, receiver, sender, waiting, config, metrics)
-
+    profiles = ProfileRoutes(tenants, receiver, ProfileStore(config.data_dir / "profiles"))
     links = LinkRoutes(tenants, receiver, batch, config, metrics, running)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
@@ -93,7 +94,7 @@ def create_app(
     app.cleanup_ctx.append(life)
     app.on_shutdown.append(links.shutdown)
     app.on_response_prepare.append(sign)
-    for group in (status, chunk, batch, fetch, whole, links):
+    for group in (status, chunk, batch, fetch, whole, profiles, links):
         app.add_routes(group.routes())
     return app
 

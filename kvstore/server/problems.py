@@ -18,6 +18,8 @@ from kvstore.errors import (
     FrameError,
     KVStoreError,
     MediaTypeError,
+    NoProfilesError,
+    ProfileError,
     RangeError,
     RequestError,
 )
@@ -29,6 +31,8 @@ STATUS: Mapping[type[KVStoreError], int] = {
     MediaTypeError: 415,
     RangeError: 416,
     FrameError: 400,
+    NoProfilesError: 404,
+    ProfileError: 400,
     BackendUnavailableError: 503,
     BackendFullError: 507,
     BackendError: 500,

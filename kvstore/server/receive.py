@@ -112,6 +112,18 @@ class Receiver:
                 digests = b"".join([bytes(part) async for part in reader.parts()])
         return check_digests(digests)
 
+    async def body(self, request: web.Request, content_type: str, limit_bytes: int) -> bytes:
+        """A body as it is.
+
+        Raises:
+            MediaTypeError: It is something else.
+            BodySizeError: It is larger than the limit.
+        """
+        require_type(request, content_type)
+        with self._receipt() as receipt:
+            async with self._reading(request, receipt, limit_bytes) as reader:
+                return b"".join([bytes(part) async for part in reader.parts()])
+
     async def link_digests(self, link: Link, body: LinkBody) -> bytes:
         """As `digests`, from a link."""
         if (arrived := body.taken()) is not None:

@@ -1,0 +1,197 @@
+"""How much hypervolume a search finds with how many model runs, over a grid whose objectives are all known.
+
+    make bench-profiler_efficiency
+
+The grid is `results/profiler_grid.jsonl`, measured by `benchmarks.profiler_grid`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import (
+    Aim,
+    Row,
+    argument_parser,
+    at_least,
+    at_most,
+    missed_for,
+    output_path,
+    percentile,
+    write_result,
+)
+from benchmarks.profiler_grid import GRID
+from benchmarks.profiler_searchers import Grid, at_random, curve, kvserve, ours
+from kvstore.profiler.objectives import Outcome, Trial
+from kvstore.profiler.pareto import best_cover, front, hypervolume, point
+from kvstore.profiler.space import Space
+
+NAME = "profiler_efficiency"
+LOSS_MAX = 0.3
+SHARE = 0.99
+_START = 8
+"""Start points of the searchers; budgets count from there on."""
+
+Searcher = Callable[[Grid, int, int], Iterator[int]]
+SEARCHERS: Mapping[str, tuple[Searcher, int]] = {
+    "kvstore": (ours, 10),
+    "random": (at_random, 40),
+    "kvserve": (kvserve, 10),
+}
+"""By name: how it searches, and with how many seeds."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argument_parser(NAME, "Hypervolume against model runs.")
+    parser.add_argument("--grid", type=Path, default=GRID, help="file of the grid (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
+    args = parser.parse_args(argv)
+    grid = read_grid(args.grid, every=40 if args.quick else 1)
+    budget = max(_START + 2, 2 * len(grid.configurations) // 50) if not args.quick else _START + 2
+    rows, aims = compare(grid, budget, args.seed, args.jobs, seeds_max=2 if args.quick else None)
+    packages = ("torch", "botorch", "gpytorch", "scikit-learn")
+    write_result(NAME, rows, aims, args.seed, packages=packages, out=output_path(NAME, args))
+    _show(rows, aims)
+
+
+def read_grid(path: Path, *, every: int = 1) -> Grid:
+    """The configurations of which everything is known; with `every`, one of so many."""
+    with path.open() as stream:
+        records = [json.loads(line) for line in stream]
+    space = space_of(records)
+    trials: dict[Any, Trial] = {}
+    outcomes: dict[Any, Outcome] = {}
+    for record in records:
+        if record["kind"] in ("trial", "outcome") and "reason" not in record:
+            configuration = space.configuration(record["values"])
+            if record["kind"] == "trial":
+                trials[configuration] = Trial.read({k: v for k, v in record.items() if k not in ("kind", "values")})
+            else:
+                outcomes[configuration] = Outcome.read(record)
+    # Sorted, because the file is in the order in which processes finished.
+    known = sorted((one for one in outcomes if one in trials), key=lambda one: one.id)[::every]
+    found = tuple(known), tuple(trials[one] for one in known), tuple(outcomes[one] for one in known)
+    return Grid(space, *found, reference_of(*found[1:]))
+
+
+def space_of(records: Sequence[Mapping[str, Any]]) -> Space:
+    """The space that the grid is of."""
+    return Space(*records[0]["space"])
+
+
+def reference_of(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
+    """The worst feasible value on each axis."""
+    feasible = [
+        (ratio, trial.decode_s_per_gb[level], outcome.kl_nats(level))
+        for trial, outcome in zip(trials, outcomes, strict=True)
+        for level, ratio in enumerate(outcome.ratio)
+        if outcome.kl_nats(level) <= LOSS_MAX
+    ]
+    return min(one[0] for one in feasible), max(one[1] for one in feasible), max(one[2] for one in feasible)
+
+
+def compare(
+    grid: Grid, budget: int, seed: int, jobs: int, *, seeds_max: int | None = None
+) -> tuple[list[Row], list[Aim]]:
+    """Curves of all searchers, the greedy ceiling, and the aims."""
+    reference = torch.tensor(point(*grid.reference), dtype=torch.float64)
+    every = [grid.points(number) for number in range(len(grid.configurations))]
+    everything = torch.cat(every)
+    whole = hypervolume(everything[front(everything)], reference)
+    cover = [volume / whole for _, volume in best_cover(every, reference, budget)]
+    shares: dict[str, list[list[float]]] = {"greedy": [cover + [cover[-1]] * (budget - len(cover))]}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for name, (_, count) in SEARCHERS.items():
+            seeds = range(seed, seed + min(count, seeds_max or count))
+            found = list(pool.map(partial(_one, grid, budget, name), seeds))
+            shares[name] = [[volume / whole for volume in one] for one in found]
+            print(
+                f"{name}: {len(found)} seeds, {percentile([one[-1] for one in found], 50):.4f} after {budget}",
+                flush=True,
+            )
+    rows: list[Row] = [
+        {
+            "table": "grid",
+            "configurations": len(grid.configurations),
+            "levels": len(everything),
+            "on_front": int(front(everything).sum()),
+            "hypervolume": round(whole, 4),
+            "reference_ratio": grid.reference[0],
+            "reference_decode_s_per_gb": grid.reference[1],
+            "reference_kl_nats": grid.reference[2],
+            "prompts": 64,
+        }
+    ]
+    for name, curves in shares.items():
+        for n in range(budget):
+            values = [one[n] for one in curves]
+            rows.append(
+                {
+                    "table": "curve",
+                    "searcher": name,
+                    "evaluations": n + 1,
+                    "median": round(percentile(values, 50), 5),
+                    "p10": round(percentile(values, 10), 5),
+                    "p90": round(percentile(values, 90), 5),
+                    "seeds": len(values),
+                }
+            )
+        needed = [next((n + 1 for n, share in enumerate(one) if share >= SHARE), math.inf) for one in curves]
+        median = percentile(needed, 50) if all(math.isfinite(one) for one in needed) else _median(needed)
+        rows.append(
+            {
+                "table": "needed",
+                "searcher": name,
+                "evaluations": median if math.isfinite(median) else None,
+                "budget": budget,
+                "after_1_in_50": round(percentile([one[len(grid.configurations) // 50 - 1] for one in curves], 50), 5)
+                if len(grid.configurations) >= 50
+                else None,
+                "seeds": len(curves),
+            }
+        )
+    return rows, _aims(rows, grid)
+
+
+def _one(grid: Grid, budget: int, name: str, seed: int) -> list[float]:
+    torch.set_num_threads(1)
+    reference = torch.tensor(point(*grid.reference), dtype=torch.float64)
+    chosen = list(SEARCHERS[name][0](grid, budget, seed))
+    return curve(grid, chosen, budget, lambda points: hypervolume(points, reference))
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _aims(rows: Sequence[Row], grid: Grid) -> list[Aim]:
+    needed = {row["searcher"]: row["evaluations"] for row in rows if row["table"] == "needed"}
+    medians = {(row["searcher"], row["evaluations"]): row["median"] for row in rows if row["table"] == "curve"}
+    budgets = sorted({n for _, n in medians if n >= _START})
+    others = ("random", "kvserve")
+    behind = min(medians["kvstore", n] - max(medians[other, n] for other in others) for n in budgets)
+    few = f"evaluations to {SHARE:.0%} of the exhaustive hypervolume (median; a fiftieth of the grid)"
+    limit = len(grid.configurations) / 50
+    return [
+        at_most(few, limit, needed["kvstore"]) if needed["kvstore"] else missed_for(few, limit, "more evaluations"),
+        at_least("least lead over random search and KVServe's at any budget, share of the hypervolume", 0.0, behind),
+    ]
+
+
+def _show(rows: Sequence[Row], aims: Sequence[Aim]) -> None:
+    for row in rows:
+        if row["table"] != "curve":
+            print(row)
+    for aim in aims:
+        print(f"{aim.aim}: {aim.value} of {aim.target} ({'met' if aim.met else 'missed'})")
+
+
+if __name__ == "__main__":
+    main()
