@@ -61,16 +61,16 @@ def searched(search: Search, pool: list[Configuration], budget: int) -> list[flo
 
 
 def test_the_search_finds_most_of_what_there_is_with_few_runs() -> None:
-    pool = start_pool(SPACE, 250, 7)
+    pool = start_pool(SPACE, 120, 7)
     points = [points_of(trial, made_outcome(one, trial)) for one in pool if (trial := made_trial(one))]
     whole = hypervolume(torch.cat(points), torch.tensor(point(*REFERENCE), dtype=torch.float64))
-    volumes = searched(Search(SPACE, REFERENCE, 3), pool, 16)
+    volumes = searched(Search(SPACE, REFERENCE, 3), pool, 12)
     assert volumes == sorted(volumes)
-    assert volumes[-1] > 0.97 * whole
+    assert volumes[-1] > 0.95 * whole
     drawn = random.Random(0)
     at_random = []
     for _ in range(20):
-        chosen = torch.cat(drawn.sample(points, 16))
+        chosen = torch.cat(drawn.sample(points, 12))
         at_random.append(hypervolume(chosen, torch.tensor(point(*REFERENCE), dtype=torch.float64)))
     assert volumes[-1] > max(at_random)
 
@@ -78,8 +78,8 @@ def test_the_search_finds_most_of_what_there_is_with_few_runs() -> None:
 def test_the_search_is_seeded_and_never_asks_twice() -> None:
     pool = start_pool(SPACE, 60, 1)
     first, again = Search(SPACE, REFERENCE, 5), Search(SPACE, REFERENCE, 5)
-    assert searched(first, pool, 10) == searched(again, pool, 10)
-    assert first.candidates == 50
+    assert searched(first, pool, 6) == searched(again, pool, 6)
+    assert first.candidates == 54
     few = Search(SPACE, REFERENCE, 5)
     few.add(pool[0], made_trial(pool[0]))
     assert few.ask(3) == [pool[0]]
@@ -89,7 +89,7 @@ def test_the_search_is_seeded_and_never_asks_twice() -> None:
 
 
 def test_the_model_of_quality_corrects_the_proxy_and_knows_what_it_does_not_know() -> None:
-    pool = [one for one in start_pool(SPACE, 200, 2) if one.values["quantiser"] == "nested"]
+    pool = [one for one in start_pool(SPACE, 120, 2) if one.values["quantiser"] == "nested"]
     features = Features(SPACE)
     trials = [made_trial(one) for one in pool]
     outcomes = [made_outcome(one, trial) for one, trial in zip(pool, trials, strict=True)]
