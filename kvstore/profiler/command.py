@@ -30,8 +30,8 @@ def run_profile(options: Options) -> Finished:
     Raises:
         ConfigError: Model, text, settings or folder cannot be used; what was measured is kept.
     """
-    columns = (SpinnerColumn(), "{task.description}", BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), "left:", TimeRemainingColumn(), "{task.fields[note]}")
+    columns = (SpinnerColumn(), "{task.description}", BarColumn(bar_width=12), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), "{task.fields[note]}")
     with Progress(*columns, *times, console=Console(stderr=True)) as progress:
         phases: dict[str, TaskID] = {}
 

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvstore.profiler.pareto import KL_FLOOR
 from kvstore.profiler.run import Finished, Found
@@ -53,6 +54,10 @@ def pairs(finished: Finished) -> str:
         panel.set_ylabel(sides[y][0])
         panel.set_xscale("log")
         panel.set_yscale("log")
+        for axis, name in ((panel.xaxis, sides[x][0]), (panel.yaxis, sides[y][0])):
+            axis.set_major_locator(LogLocator(subs=(1.0,) if name.startswith("quality") else (1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         _grid(panel)
     figure.axes[0].legend(fontsize=8)
     return _svg(figure)

@@ -16,7 +16,9 @@ from typing import Any
 from benchmarks.vllm_engine import ROOT, VllmEngine, kvstore_transfer
 
 SHARED_MODEL = ROOT.parent / "shared" / "model"
-MODEL = Path(os.environ.get("KVSTORE_TEST_MODEL", SHARED_MODEL if SHARED_MODEL.is_dir() else "")).resolve()
+MODEL = Path(os.environ.get("KVSTORE_TEST_MODEL", SHARED_MODEL)).resolve()
+if not (MODEL / "config.json").is_file():
+    raise pytest.UsageError(f"{MODEL} is no model: name the folder of a trained one with KVSTORE_TEST_MODEL")
 
 
 def start_engine(
