@@ -63,6 +63,11 @@ def _subscribe() -> tuple[Any, str]:
     return socket, f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
 
 
+def _hex(block_hash: bytes | int) -> str:
+    """A hash as vLLM publishes it: whole, or the integer of its last bytes."""
+    return block_hash.hex() if isinstance(block_hash, bytes) else f"{block_hash:x}"
+
+
 def _published(socket: Any) -> list[dict[str, Any]]:
     """Events by their fields; hashes as hex."""
     import msgspec  # type: ignore[import-not-found]
@@ -73,8 +78,8 @@ def _published(socket: Any) -> list[dict[str, Any]]:
         _, _, payload = socket.recv_multipart()
         for event in msgspec.msgpack.decode(payload, type=KVEventBatch).events:
             fields = msgspec.structs.asdict(event)
-            fields["block_hashes"] = [one.hex() for one in fields.get("block_hashes", [])]
-            fields["parent_block_hash"] = (fields.get("parent_block_hash") or b"").hex()
+            fields["block_hashes"] = [_hex(one) for one in fields.get("block_hashes", [])]
+            fields["parent_block_hash"] = _hex(fields.get("parent_block_hash") or b"")
             found.append({"kind": type(event).__name__} | fields)
     return found
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.vllm_engine import ROOT, VllmEngine, kvstore_transfer
 
 SHARED_MODEL = ROOT.parent / "shared" / "model"

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import random
+import re
 import signal
 import time
 import urllib.request
@@ -25,6 +26,7 @@ from tests.tcp_relay import Relay, tcp_relay
 REQUESTS = int(os.environ.get("VLLM_SOAK_REQUESTS", "300"))
 SEED = int(os.environ.get("VLLM_SOAK_SEED", "1"))
 TOKENS = 48
+_POOLED = re.compile(r"^asyncio_|^ThreadPoolExecutor-|-codec_\d+$")
 CLIENTS = 10
 BLOCKS = 72
 NOISE_NATS = 0.13
@@ -120,8 +122,7 @@ def _more(found: dict[str, dict[str, Any]], before: dict[str, dict[str, Any]]) -
         if held.get("free_blocks") != was.get("free_blocks"):
             more.append(f"{role}: {held['free_blocks']} free blocks, not {was['free_blocks']}")
         # Pools keep their threads, and fill up as they are used.
-        pool = ("asyncio_", "ThreadPoolExecutor-")
-        names, known = ([n for n in one["threads"] if not n.startswith(pool)] for one in (held, was))
+        names, known = ([n for n in one["threads"] if not _POOLED.search(n)] for one in (held, was))
         if names != known:
             more.append(f"{role}: threads {names}, not {known}")
     return more
