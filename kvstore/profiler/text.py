@@ -9,7 +9,6 @@ from kvstore.profiler.prompts import CONTINUATION_TOKENS, text_windows
 
 _BLOCKS = 16
 """Into how many blocks a text is cut; of four neighbours two calibrate, one is searched on and one measures."""
-_STRETCHES_MIN = 16
 
 
 def stretches(texts: Sequence[Path], model: Model, tokens_min: int) -> list[list[int]]:
