@@ -68,13 +68,11 @@ def list_sets(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def list_table(rows: Iterable[dict[str, Any]]) -> Table:
     """The same for people."""
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("set", "model", "device", "date", "profiles", "levels", "largest ratio", "artefacts"):
-        table.add_column(name)
+    for name in ("set", "model", "device", "date", "profiles", "levels", "ratio to"):
+        table.add_column(name, overflow="fold")
     for row in rows:
-        values = [
-            row[name] for name in ("set", "model", "device", "date", "profiles", "levels", "ratio_max", "artefacts")
-        ]
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values))
+        numbers = (str(row["profiles"]), str(row["levels"]), f"{row['ratio_max']:.1f}")
+        table.add_row(row["set"], row["model"], row["device"], row["date"][:10], *numbers)
     return table
 
 
@@ -82,12 +80,15 @@ def set_table(found: ProfileSet) -> Table:
     """A set for people: a row for every level."""
     measured = found.measured
     table = Table(
-        title=f"{measured.model} on {measured.device} ({measured.machine}), {measured.date[:10]}, "
-        f"text {', '.join(measured.texts)}",
+        title=f"{measured.model} on {measured.device} ({measured.machine}), {measured.date[:10]}",
+        caption=f"Seconds for a GB of exact cache; quality loss in nats, mean and worst of the prompt lengths, "
+        f"on {', '.join(measured.texts)}.",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for name in ("profile", "level", "ratio", "encode s/GB", "decode s/GB", "loss, nats (mean)", "worst bucket"):
-        table.add_column(name, justify="left" if name == "profile" else "right")
+    for name in ("profile", "level", "ratio", "encode", "decode", "loss", "worst", "at"):
+        table.add_column(name, justify="left" if name in ("profile", "at") else "right", no_wrap=True)
     for profile in found.profiles:
         for number, level in enumerate(profile.levels):
             losses = {bucket: quality.kl_nats for bucket, quality in level.quality.items()}
@@ -98,8 +99,9 @@ def set_table(found: ProfileSet) -> Table:
                 f"{level.ratio:.2f}",
                 f"{profile.encode_s_per_gb:.2f}" if number == 0 else "",
                 f"{level.decode_s_per_gb:.2f}",
-                f"{sum(losses.values()) / len(losses):.5f}",
-                f"{losses[worst]:.5f} ({worst})",
+                f"{sum(losses.values()) / len(losses):.2g}",
+                f"{losses[worst]:.2g}",
+                worst,
             )
     return table
 
