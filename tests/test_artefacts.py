@@ -80,7 +80,9 @@ def test_a_cap_on_the_rank_keeps_the_leading_coefficients_and_costs_nothing_for_
     found, sizes = {}, {}
     for rank in (0, 6):
         stage = {"stage": "klt", "artefact": next(iter(artefacts)), "rank": rank}
-        for name, rest in (("raw", []), ("coded", [{"stage": "nested", "step": -300}, {"stage": "rans"}])):
+        coder: list[dict[str, Any]] = [{"stage": "nested", "step": -300}, {"stage": "rans"}]
+        empty: list[dict[str, Any]] = []
+        for name, rest in (("raw", empty), ("coded", coder)):
             pipeline = build_pipeline([stage, *rest, {"stage": "raw"}], artefacts)
             frame = encode(planes, layout, pipeline, key=key)
             found[name, rank] = decode(frame, layout, artefacts, key=key)
