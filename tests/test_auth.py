@@ -1,6 +1,7 @@
 """Who may ask, and that tenants never meet."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvstore.tiers import TieredBackend
 from kvstore.wire import BATCH_TYPE, DIGESTS_TYPE
 from tests.conftest import FRAME, Answer, Server, Start, path_of
 from tests.frames import batch_bytes, frame_bytes, random_keys
+from tests.test_profiles import a_set
 
 TOKEN = "t0p secret"
 KEY, OTHER = random_keys(2)
@@ -57,6 +59,10 @@ def _request(method: str, path: str) -> dict[str, Any]:
     """A request that the route answers, when it may."""
     if path == "/v1/put":
         return {"data": batch_bytes(frame_bytes(make_frame(KEY))), "headers": {"Content-Type": BATCH_TYPE}}
+    if method == "PUT" and path.startswith("/v1/profiles/"):
+        # A set of them, or an artefact that none of them needs.
+        kind = "application/octet-stream" if "artefacts" in path else "application/json"
+        return {"data": json.dumps(a_set()).encode(), "headers": {"Content-Type": kind}}
     if method == "PUT":
         return {"data": frame_bytes(make_frame(KEY)), "headers": dict(FRAME)}
     params = {"namespace": NAMESPACE, "level": "0", "ttl_s": "60"}
@@ -102,8 +108,12 @@ async def test_a_data_route_answers_who_has_the_token(start: Start, method: str,
         await _put(server, TOKEN, KEY)
     request = _request(method, path)
     request["headers"] |= {"Authorization": f"bearer  {TOKEN} "}
-    # The last is the answer to a request for a link that is no upgrade.
-    assert (await server.ask(method, path, **request)).status in (200, 201, 204, 426)
+    if path.startswith("/v1/profiles/") and method != "PUT":
+        held = _request("PUT", f"/v1/profiles/{NAMESPACE}")
+        await server.ask("PUT", f"/v1/profiles/{NAMESPACE}", **held | {"headers": held["headers"] | _with_token(TOKEN)})
+    # The last is the answer to a request for a link that is no upgrade; nobody needs the artefact.
+    expected = (400, 404) if "artefacts" in path else (200, 201, 204, 426)
+    assert (await server.ask(method, path, **request)).status in expected
 
 
 @pytest.mark.parametrize("path", sorted(STATUS_PATHS))
