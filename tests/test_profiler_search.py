@@ -64,13 +64,13 @@ def test_the_search_finds_most_of_what_there_is_with_few_runs() -> None:
     pool = start_pool(SPACE, 120, 7)
     points = [points_of(trial, made_outcome(one, trial)) for one in pool if (trial := made_trial(one))]
     whole = hypervolume(torch.cat(points), torch.tensor(point(*REFERENCE), dtype=torch.float64))
-    volumes = searched(Search(SPACE, REFERENCE, 3), pool, 12)
+    volumes = searched(Search(SPACE, REFERENCE, 3), pool, 8)
     assert volumes == sorted(volumes)
-    assert volumes[-1] > 0.95 * whole
+    assert volumes[-1] > 0.93 * whole
     drawn = random.Random(0)
     at_random = []
     for _ in range(20):
-        chosen = torch.cat(drawn.sample(points, 12))
+        chosen = torch.cat(drawn.sample(points, 8))
         at_random.append(hypervolume(chosen, torch.tensor(point(*REFERENCE), dtype=torch.float64)))
     assert volumes[-1] > max(at_random)
 
