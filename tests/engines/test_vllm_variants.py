@@ -167,17 +167,17 @@ def test_stored_and_lost_blocks_are_announced(tmp_path: Path, prompts: list[list
             found: list[dict[str, Any]] = []
             for _ in range(100):
                 found += engine.ask({"events": True})
-                if len([one for one in found if one["medium"] == "STORAGE"]) >= LOADED // CHUNK:
+                if len([one for one in found if one.get("medium") == "STORAGE"]) >= LOADED // CHUNK:
                     break
             engine.reset()
             link.set("flip", 500_000)
             engine.generate(prompts[0])
-            lost = [one for one in engine.ask({"events": True}) if one["medium"] == "STORAGE"]
+            lost = [one for one in engine.ask({"events": True}) if one.get("medium") == "STORAGE"]
         finally:
             engine.stop()
             link.stop()
-    stored = [one for one in found if one["medium"] == "STORAGE"]
-    own = [one for one in found if one["kind"] == "BlockStored" and one["medium"] != "STORAGE"]
+    stored = [one for one in found if one.get("medium") == "STORAGE"]
+    own = [one for one in found if one["kind"] == "BlockStored" and one.get("medium") != "STORAGE"]
     print(f"\n{len(own)} events of the engine, {len(stored)} chunks stored, {len(lost)} lost")
     assert [one["kind"] for one in stored] == ["BlockStored"] * (LOADED // CHUNK)
     known = [block for one in own for block in one["block_hashes"]]
