@@ -88,7 +88,7 @@ def lmcache_server(link: Link, python: Path) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=engine_environ({"VLLM_HOST_IP": ENGINE_ADDRESS}),
-        start_new_session=True,
+        process_group=0,
     )
     try:
         probe = [*link.store_side, sys.executable, "-c", f"import {__name__} as hosts; hosts.ask_lmcache()"]

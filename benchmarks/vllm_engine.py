@@ -91,6 +91,8 @@ class VllmEngine:
     ) -> None:
         self.log = log
         with log.open("w") as out:
+            # In this session: Linux may share cores by session, and then an engine whose processes spin on every core
+            # keeps the server and everybody else from them for seconds.
             self._process = subprocess.Popen(
                 [*before, str(python), "-m", "benchmarks.vllm_worker"],
                 stdin=subprocess.PIPE,
@@ -99,7 +101,7 @@ class VllmEngine:
                 text=True,
                 env=engine_environ(variables),
                 cwd=ROOT,
-                start_new_session=True,
+                process_group=0,
             )
         command: dict[str, Any] = {
             "model": str(model.resolve()),

@@ -73,7 +73,7 @@ def vllm_serve(command: Sequence[str], log: Path, **environ: str) -> Iterator[in
     settings += ["--port", str(port), "--host", "127.0.0.1"]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*command, *settings], stdout=out, stderr=out, env=os.environ | own | environ, start_new_session=True
+            [*command, *settings], stdout=out, stderr=out, env=os.environ | own | environ, process_group=0
         )
     try:
         for _ in range(1200):

@@ -35,7 +35,7 @@ class Child:
                 env=engine_environ({"OMP_NUM_THREADS": "1", **environ}),
                 cwd=log.parent,
                 text=True,
-                start_new_session=True,
+                process_group=0,
                 **{"stdout": out} | pipes,
             )
 
