@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def compare(
                 }
             )
         needed = [next((n + 1 for n, share in enumerate(one) if share >= SHARE), math.inf) for one in curves]
-        median = percentile(needed, 50) if all(math.isfinite(one) for one in needed) else _median(needed)
+        median = percentile(needed, 50) if all(math.isfinite(one) for one in needed) else median_high(needed)
         rows.append(
             {
                 "table": "needed",
@@ -165,10 +166,6 @@ def _one(grid: Grid, budget: int, name: str, seed: int) -> list[float]:
     reference = torch.tensor(point(*grid.reference), dtype=torch.float64)
     chosen = list(SEARCHERS[name][0](grid, budget, seed))
     return curve(grid, chosen, budget, lambda points: hypervolume(points, reference))
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _aims(rows: Sequence[Row], grid: Grid) -> list[Aim]:

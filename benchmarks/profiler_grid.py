@@ -15,9 +15,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from kvstore.calibration.calibrate import calibrate_all
-from kvstore.calibration.command import write_whole
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
+from kvstore.files import write_whole
 from kvstore.profiler.journal import Journal
 from kvstore.profiler.objectives import InfeasibleError, Outcome, Task, Trial
 from kvstore.profiler.space import Configuration, Space

@@ -33,6 +33,7 @@ from kvstore.profiler.prompts import (
     bfloat16_layout,
     decode_prompt,
     encode_prompt,
+    kl_nats,
     take_prompt,
     text_windows,
 )
@@ -168,7 +169,7 @@ def _run(bench: _Bench, method: Method, prompt: Prompt) -> Iterator[tuple[Point,
                 Outcome(
                     sum(frame.size_bytes for frame in cut),
                     prompt.raw_bytes,
-                    float((exact.exp() * (exact - log_p)).sum(-1).mean()),
+                    kl_nats(exact, log_p),
                     float((own - theirs).mean()),
                     float((exact.argmax(-1) == log_p.argmax(-1)).float().mean()),
                     int(sure.sum()),

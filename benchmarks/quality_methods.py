@@ -14,7 +14,7 @@ from kvstore.codecs import NAMED, Pipeline, build_pipeline
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.codecs.named import kvtc, ladder, ladder_klt, ladder_repeats, ladder_tokens, ladder_weighted
 from kvstore.codecs.recompositions import Spec, kivi, kvserve, turboquant
-from kvstore.profiler.prompts import Prompt, take_prompt, text_windows
+from kvstore.profiler.prompts import Prompt, kl_nats, take_prompt, text_windows
 
 PROMPTS = 96
 
@@ -87,7 +87,7 @@ def _noise_kl(model: Model, cases: Sequence[Prompt], layer: int, head: int) -> f
             noise = torch.randn(mine.shape, generator=generator)
             x[layer, :, head] = mine + noise * (mine - mine.mean(0)).square().mean().sqrt() / 3
         log_p = model.log_probabilities(noisy, case.token_ids[case.tokens :])
-        total += float((case.log_p.exp() * (case.log_p - log_p)).sum(-1).mean())
+        total += kl_nats(case.log_p, log_p)
     return total
 
 

@@ -6,12 +6,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import kvstore
 from kvstore.config import load_config, parse_size
 from kvstore.errors import ConfigError, KVStoreError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,6 +214,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     try:
         from kvstore.calibration.command import run_calibration
         from kvstore.calibration.settings import Settings
+        from kvstore.inspection import artefact_table
     except ImportError as exc:
         extra = "pip install 'kvstore[calibrate]'"
         raise ConfigError(f"calibration needs torch and transformers: {extra} ({exc})") from exc
@@ -223,14 +228,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         chosen["prefix_tokens"] = tuple(args.prefix_tokens)
     settings = Settings(**chosen)
     report = run_calibration(model=args.model, texts=args.text, out=args.out, settings=settings, force=args.force)
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    from rich.console import Console
-
-    from kvstore.inspection import artefact_table
-
-    Console().print(artefact_table(report))
+    _show(args, report, lambda: [artefact_table(report)])
     return 0
 
 
@@ -239,6 +237,7 @@ _CALIBRATION = ("prompts", "group_layers", "span", "window", "metric", "seed")
 
 def _profile(args: argparse.Namespace) -> int:
     try:
+        from kvstore.profile_sets import set_table
         from kvstore.profiler.command import run_profile, summary
         from kvstore.profiler.options import Options
     except ImportError as exc:
@@ -254,15 +253,9 @@ def _profile(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"kvstore: interrupted; what was measured is kept, go on with --resume --out {out}", file=sys.stderr)
         return 130
-    if args.json:
-        print(json.dumps(summary(finished, options)))
-        return 0
-    from rich.console import Console
-
-    from kvstore.profile_sets import set_table
-
-    Console().print(set_table(finished.profiles))
-    print(f"profiles: {out / 'profiles.json'}\nreport:   {out / 'report.html'}")
+    report = summary(finished, options)
+    where = f"profiles: {report['profiles']}\nreport:   {report['report']}"
+    _show(args, report, lambda: [set_table(finished.profiles), where])
     return 0
 
 
@@ -286,12 +279,7 @@ def _list_profiles(args: argparse.Namespace) -> int:
     from kvstore.profile_sets import list_sets, list_table
 
     rows = list_sets(args.sets)
-    if args.json:
-        print(json.dumps(rows))
-        return 0
-    from rich.console import Console
-
-    Console().print(list_table(rows))
+    _show(args, rows, lambda: [list_table(rows)])
     return 0
 
 
@@ -300,12 +288,7 @@ def _show_profiles(args: argparse.Namespace) -> int:
     from kvstore.profile_sets import read_set, set_table
 
     found = read_set(args.set)
-    if args.json:
-        print(json.dumps(profiles_json(found)))
-        return 0
-    from rich.console import Console
-
-    Console().print(set_table(found))
+    _show(args, profiles_json(found), lambda: [set_table(found)])
     return 0
 
 
@@ -316,10 +299,8 @@ def _push_profiles(args: argparse.Namespace) -> int:
     report = asyncio.run(
         push_set(args.set, url=args.url, namespace=args.namespace, token=token, timeout_s=args.timeout)
     )
-    if args.json:
-        print(json.dumps(report))
-    else:
-        print(f"{report['profiles']} profiles and {report['artefacts']} artefacts pushed for {report['namespace']}")
+    said = f"{report['profiles']} profiles and {report['artefacts']} artefacts pushed for {report['namespace']}"
+    _show(args, report, lambda: [said])
     return 0
 
 
@@ -327,12 +308,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from kvstore.inspection import inspect_file, tables
 
     report = inspect_file(args.file, segments=args.segments)
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    from rich.console import Console
-
-    Console().print(*tables(report))
+    _show(args, report, lambda: tables(report))
     return 0
 
 
@@ -345,14 +321,25 @@ def _fsck(args: argparse.Namespace) -> int:
     reports = [run_fsck(config.data_dir, dry_run=args.dry_run)]
     if args.s3:
         reports.append(asyncio.run(run_s3_fsck(config)))
-    if args.json:
-        print(json.dumps(reports[0] | ({"s3": reports[1]} if args.s3 else {})))
-    else:
-        from rich.console import Console
-
-        for report in reports:
-            Console().print(*tables(report))
+    found = reports[0] | ({"s3": reports[1]} if args.s3 else {})
+    _show(args, found, lambda: [table for report in reports for table in tables(report)])
     return exit_status(*reports)
+
+
+def _show(args: argparse.Namespace, found: object, shown: Callable[[], Iterable["RenderableType"]]) -> None:
+    """Print what was found: as JSON where that is asked for, else as people read it."""
+    if args.json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for one in shown():
+        if isinstance(one, str):
+            # Not by the console, which would break a path at the end of a line.
+            print(one)
+        else:
+            console.print(one)
 
 
 def _size(text: str) -> int:

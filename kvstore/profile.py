@@ -15,6 +15,9 @@ from kvstore.header import LEVELS_MAX, STAGES_MAX, StageSpec
 
 VERSION = 1
 """Of the JSON; a reader refuses others."""
+SET_FILE = "profiles.json"
+ARTEFACTS = "artefacts"
+"""The file of a set, and the folder beside it with the calibration artefacts that its profiles need."""
 PROFILES_MAX = 64
 BUCKETS_MAX = 32
 SET_BYTES_MAX = 1 << 20

@@ -11,12 +11,10 @@ from rich.table import Table
 from kvstore.client import Client
 from kvstore.errors import ConfigError, ProfileError
 from kvstore.keys import NAMESPACE_BYTES, parse_hex
-from kvstore.profile import SET_BYTES_MAX, ProfileSet, load_profiles
+from kvstore.profile import ARTEFACTS, SET_BYTES_MAX, SET_FILE, ProfileSet, load_profiles
 
 DEFAULT = "default"
 """Name of the set for models that nobody profiled; nothing in it needs calibration."""
-SET_FILE = "profiles.json"
-ARTEFACTS = "artefacts"
 _DEFAULT_FILE = Path(__file__).parent / "default_profiles.json"
 
 

@@ -14,6 +14,7 @@ from kvstore.calibration.settings import Settings
 from kvstore.calibration.statistics import Statistics
 from kvstore.codecs.artefact import save_artefact
 from kvstore.errors import ConfigError
+from kvstore.files import read_text
 from kvstore.layout import Layout
 
 Progress = Callable[[float], None]
@@ -101,13 +102,7 @@ def calibrate_all(
 
 
 def _token_ids(model: Model, texts: Sequence[Path]) -> list[int]:
-    ids: list[int] = []
-    for text in texts:
-        try:
-            ids += model.tokenize(text.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"cannot read {text}: {exc}") from exc
-    return ids
+    return [token for text in texts for token in model.tokenize(read_text(text))]
 
 
 def _windows(model: Model, ids: Sequence[int], settings: Settings) -> list[tuple[list[int], int]]:

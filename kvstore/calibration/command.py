@@ -11,6 +11,7 @@ from kvstore.calibration.calibrate import calibrate
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
 from kvstore.errors import ConfigError
+from kvstore.files import write_output
 from kvstore.inspection import Report, inspect_file
 
 
@@ -45,7 +46,7 @@ def run_calibration(*, model: Path, texts: Sequence[Path], out: Path, settings: 
                 progress.update(bar, description="computing bases", total=None)
 
         data = calibrate(loaded, texts, settings, show)
-    write_whole(out, data)
+    write_output(out, data)
     return inspect_file(out) | {"path": str(out)}
 
 
@@ -57,22 +58,3 @@ def _check_path(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} is there already, and frames may need it: name another file, or use --force")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ConfigError(f"{out.parent} is no directory that can be written to")
-
-
-def write_whole(out: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with scratch.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(out)
-    except OSError as exc:
-        raise ConfigError(f"cannot write {out}: {exc}") from exc
-    finally:
-        scratch.unlink(missing_ok=True)

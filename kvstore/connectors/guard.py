@@ -20,10 +20,14 @@ _SLOWER_LINK_WEIGHT = 0.5
 _STALLED_BYTES = 1 << 16
 """What a fetch that brought less counts as, so that its time is not lost."""
 
-
 _SPARED_MIN, _SPARED_MAX = 4, 64
+"""After how many fetches in place of a step one is computed to see: at first, and where that tells nothing new."""
+
 _WEIGHT_AFRESH = 0.75
+"""Weight of such a step where it was faster: what it replaces is old."""
+
 _SURPRISE = 1.3
+"""How many times faster it must be for looking often again."""
 
 
 @dataclass

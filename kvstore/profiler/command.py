@@ -14,13 +14,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kvstore.calibration.command import write_whole
-from kvstore.profile import profiles_json
+from kvstore.files import write_output
+from kvstore.profile import SET_FILE, profiles_json
 from kvstore.profiler.options import Options
 from kvstore.profiler.report import html_report
 from kvstore.profiler.run import Finished, Run
 
-PROFILES = "profiles.json"
 REPORT = "report.html"
 
 
@@ -36,8 +35,6 @@ def run_profile(options: Options) -> Finished:
         phases: dict[str, TaskID] = {}
 
         def watch(what: str, done: int, total: int, note: str) -> None:
-            # Choosing belongs to searching: the bar is one.
-            what = "searching" if what == "choosing" else what
             if what not in phases:
                 for task in phases.values():
                     progress.stop_task(task)
@@ -46,15 +43,15 @@ def run_profile(options: Options) -> Finished:
 
         finished = Run(options, watch).finish()
     data = json.dumps(profiles_json(finished.profiles), indent=1).encode() + b"\n"
-    write_whole(options.out / PROFILES, data)
-    write_whole(options.out / REPORT, html_report(finished).encode())
+    write_output(options.out / SET_FILE, data)
+    write_output(options.out / REPORT, html_report(finished).encode())
     return finished
 
 
 def summary(finished: Finished, options: Options) -> dict[str, Any]:
     """What `--json` prints."""
     return {
-        "profiles": str(options.out / PROFILES),
+        "profiles": str(options.out / SET_FILE),
         "report": str(options.out / REPORT),
         "count": len(finished.profiles.profiles),
         "took_s": round(finished.took_s, 1),

@@ -5,9 +5,9 @@ from typing import Protocol
 
 import torch
 
-from kvstore.codecs import decode
 from kvstore.frame import Frame
 from kvstore.layout import Layout
+from kvstore.profiler.prompts import decode_chunks
 
 _BLOCK_TOKENS = 16
 
@@ -31,12 +31,9 @@ class CpuDecoder:
     def ready(
         self, frames: Sequence[Frame], artefacts: Mapping[str, bytes], token_ids: Sequence[int]
     ) -> Callable[[], object]:
-        tokens = self._layout.chunk_tokens
-
         def run() -> None:
-            for number, frame in enumerate(frames):
-                known = token_ids[: (number + 1) * tokens]
-                decode(frame, self._layout, artefacts, key=frame.key, token_ids=known)
+            for _ in decode_chunks(frames, self._layout, artefacts, token_ids):
+                pass
 
         return run
 
@@ -76,12 +73,8 @@ class GpuDecoder:
     def _over_host(
         self, frames: Sequence[Frame], artefacts: Mapping[str, bytes], token_ids: Sequence[int]
     ) -> Callable[[], object]:
-        tokens = self._layout.chunk_tokens
-
         def run() -> None:
-            for number, frame in enumerate(frames):
-                known = token_ids[: (number + 1) * tokens]
-                planes = decode(frame, self._layout, artefacts, key=frame.key, token_ids=known)
+            for planes in decode_chunks(frames, self._layout, artefacts, token_ids):
                 for x in planes.values():
                     x.to(self._device)
             torch.cuda.synchronize()

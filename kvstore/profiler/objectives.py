@@ -26,6 +26,7 @@ from kvstore.profiler.prompts import (
     bfloat16_layout,
     decode_prompt,
     encode_prompt,
+    kl_nats,
     take_prompt,
 )
 from kvstore.profiler.space import Configuration, Space
@@ -295,7 +296,7 @@ class Bench:
         # The distribution behind the last token belongs to no token of the continuation.
         change = (exact[:-1].gather(1, next_ids) - log_p[:-1].gather(1, next_ids)).mean()
         return Loss(
-            float((exact.exp() * (exact - log_p)).sum(-1).mean()),
+            kl_nats(exact, log_p),
             0.0,
             float(change.exp()) - 1,
             float((exact.argmax(-1) == log_p.argmax(-1)).float().mean()),

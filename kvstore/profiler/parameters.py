@@ -85,7 +85,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Real:
-    """A number of a range, as finely as a pipeline can say it.
+    """A number of a range, as finely as a pipeline can say it: a whole one.
 
     Args:
         name: As in `Choice`.
@@ -93,7 +93,6 @@ class Real:
         high: Largest value.
         grid: Values that stand for all when the space is gridded.
         when: The conditions.
-        resolution: Values are multiples of it.
     """
 
     name: str
@@ -101,12 +100,10 @@ class Real:
     high: float
     grid: tuple[float, ...]
     when: Conditions
-    resolution: float = 1.0
 
     def at(self, share: float) -> float:
         """The value at a share of the range, 0 to 1."""
-        value = self.low + min(max(share, 0.0), 1.0) * (self.high - self.low)
-        return round(value / self.resolution) * self.resolution
+        return float(round(self.low + min(max(share, 0.0), 1.0) * (self.high - self.low)))
 
     def share(self, value: float) -> float:
         """Undo `at`."""
@@ -114,12 +111,12 @@ class Real:
 
     def holds(self, value: object) -> bool:
         """Whether a value is in the range."""
-        return type(value) is float and self.low <= value <= self.high and value % self.resolution == 0
+        return type(value) is float and self.low <= value <= self.high and value.is_integer()
 
     @property
     def says(self) -> str:
         """The range in words."""
-        return f"a multiple of {self.resolution:g} from {self.low:g} to {self.high:g}"
+        return f"a whole number from {self.low:g} to {self.high:g}"
 
 
 Parameter = Choice | Whole | Real

@@ -1,6 +1,6 @@
 """Prompts of a model with their exact KV caches, and what becomes of them in frames."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kvstore.calibration.model import Model, planes_of
-from kvstore.codecs import Context, Pipeline, decode, encode
+from kvstore.codecs import Context, Pipeline, Planes, decode, encode
 from kvstore.codecs.importance import token_importance
 from kvstore.frame import Frame
 from kvstore.keys import chunk_keys
@@ -70,6 +70,11 @@ def text_windows(documents: Sequence[list[int]], count: int, prefix: int, seed: 
     return windows
 
 
+def kl_nats(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """KL(exact || found), nats, mean over tokens, of log-probabilities `[tokens, vocabulary]`."""
+    return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
 @torch.inference_mode()
 def take_prompt(model: Model, token_ids: Sequence[int], prefix: int) -> Prompt:
     """Prefill a prompt; its cache is rounded to bfloat16 before anything is compared with it."""
@@ -99,12 +104,18 @@ def encode_prompt(prompt: Prompt, layout: Layout, pipeline: Pipeline) -> list[Fr
     return frames
 
 
+def decode_chunks(
+    frames: Sequence[Frame], layout: Layout, artefacts: Mapping[str, bytes], token_ids: Sequence[int]
+) -> Iterator[Planes]:
+    """Planes of the chunks of a prompt, one after the other."""
+    for number, frame in enumerate(frames):
+        known = token_ids[: (number + 1) * layout.chunk_tokens]
+        yield decode(frame, layout, artefacts, key=frame.key, token_ids=known)
+
+
 def decode_prompt(
-    frames: Sequence[Frame], layout: Layout, artefacts: dict[str, bytes], prompt: Prompt
+    frames: Sequence[Frame], layout: Layout, artefacts: Mapping[str, bytes], prompt: Prompt
 ) -> dict[str, torch.Tensor]:
     """Planes of all chunks, as they come out of frames."""
-    parts = [
-        decode(frame, layout, artefacts, key=frame.key, token_ids=prompt.token_ids[: (n + 1) * CHUNK_TOKENS])
-        for n, frame in enumerate(frames)
-    ]
+    parts = list(decode_chunks(frames, layout, artefacts, prompt.token_ids))
     return {name: torch.cat([part[name] for part in parts], 1) for name in prompt.planes}

@@ -16,13 +16,13 @@ import torch
 
 import kvstore
 from kvstore.calibration.calibrate import calibrate_all
-from kvstore.calibration.command import write_whole
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.codecs.ref.rope import is_known
 from kvstore.errors import ConfigError
-from kvstore.profile import Level, Measured, Profile, ProfileSet, Quality
+from kvstore.files import write_output
+from kvstore.profile import ARTEFACTS, Level, Measured, Profile, ProfileSet, Quality
 from kvstore.profiler.journal import Journal
 from kvstore.profiler.objectives import InfeasibleError, Outcome, Task, Trial
 from kvstore.profiler.options import Options
@@ -97,6 +97,7 @@ class Run:
         options.check()
         self._options = options
         self._watch = watch
+        self._folder = options.out / ARTEFACTS
         self._began_s = time.monotonic()
         watch("loading the model", 0, 0, "")
         self._model = Model(options.model, dtype="float32", device=options.device)
@@ -126,7 +127,7 @@ class Run:
         """
         options = self._options
         try:
-            (options.out / "artefacts").mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise ConfigError(f"cannot write to {options.out}: {exc}") from exc
         with Journal(options.out / "journal.jsonl", self._card(), resume=options.resume) as journal:
@@ -156,12 +157,12 @@ class Run:
 
     def _task(self, prompts: Mapping[str, Sequence[tuple[int, ...]]]) -> Task:
         options = self._options
-        return Task(options.model, options.device, options.out / "artefacts", self.space, prompts)
+        return Task(options.model, options.device, self._folder, self.space, prompts)
 
     def _calibrate(self) -> None:
         """Make the artefacts that are not there yet."""
         options = self._options
-        folder = options.out / "artefacts"
+        folder = self._folder
         bases = [basis for basis in self.space.bases if not (folder / basis.name).is_file()]
         if not bases:
             return
@@ -177,7 +178,7 @@ class Run:
             lambda share: self._watch("calibrating", round(share * base.prompts), base.prompts, ""),
         )
         for basis, data in zip(bases, made, strict=True):
-            write_whole(folder / basis.name, data)
+            write_output(folder / basis.name, data)
 
     def _read(self, journal: Journal) -> Found:
         """What an earlier session found out."""
@@ -247,7 +248,7 @@ class Run:
                 for configuration in self._try(workers, journal, found, near, "neighbours"):
                     if configuration not in found.outcomes and configuration not in found.infeasible:
                         search.add(configuration, found.trials[configuration])
-            self._say(found, "choosing")
+            self._say(found)
             batch = search.ask(min(workers.jobs, options.budget - done))
             if not batch:
                 return
@@ -261,11 +262,11 @@ class Run:
                 found.volumes.append(search.volume)
                 values, volume = dict(configuration.values), search.volume
                 journal.append({"kind": "outcome", "values": values, "outcome": asdict(result), "volume": volume})
-                self._say(found, "searching")
+                self._say(found)
 
-    def _say(self, found: Found, what: str) -> None:
+    def _say(self, found: Found) -> None:
         volume = f"hypervolume {found.volumes[-1]:.3f}" if found.volumes else ""
-        self._watch(what, len(found.outcomes), self._options.budget, volume)
+        self._watch("searching", len(found.outcomes), self._options.budget, volume)
 
     def _choose(self, found: Found) -> list[Configuration]:
         """The configurations whose levels cover the front best."""
@@ -311,14 +312,14 @@ class Run:
         if not kept:
             raise ConfigError("none of the profiles that were chosen could be measured again; the journal says why")
         kept.sort(key=lambda one: finals[one][1].ratio[0])
-        files = {basis.name: options.out / "artefacts" / basis.name for basis in self.space.bases}
-        digests = {name: artefact_digest(path.read_bytes()) for name, path in files.items()}
-        profiles, artefacts = [], {}
+        profiles: list[Profile] = []
+        artefacts: dict[str, Path] = {}
         for number, configuration in enumerate(kept):
-            basis = configuration.basis
-            digest = digests[basis.name] if basis else ""
-            if basis:
-                artefacts[digest] = files[basis.name]
+            digest = ""
+            if configuration.basis:
+                file = self._folder / configuration.basis.name
+                digest = artefact_digest(file.read_bytes())
+                artefacts[digest] = file
             profiles.append(self._profile(f"p{number + 1:02d}", configuration, digest, *finals[configuration]))
         measured = Measured(
             model=self._layout.model,

@@ -6,7 +6,6 @@ hypervolume improvement (qLogNEHVI; Daulton, Balandat and Bakshy, 2021; Ament et
 configuration together, with a constraint on quality.
 """
 
-import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -29,13 +28,13 @@ from kvstore.profiler.surrogate import SCALE, Features, fit_quality, observation
 _SCREENED = 48
 """Candidates whose levels are looked at together; the others are told apart by their levels one by one."""
 _SAMPLES = 32
+_DRAWS = 8
+"""How many are drawn for each that is wanted, because some are drawn twice."""
 _DRAWN = tuple(NormalDist().inv_cdf((number + 0.5) / 16) for number in range(16))
 """Of a standard normal distribution, evenly by probability."""
 _CHUNK = 512
 _RUNS_MIN = 4
 """Measured configurations below which the proxy alone chooses."""
-
-log = logging.getLogger(__name__)
 
 
 class Search:
@@ -206,6 +205,3 @@ def neighbours(space: Space, front: Sequence[Configuration], count: int, seed: i
         if len(found) == count:
             break
     return list(found.values())
-
-
-_DRAWS = 8

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kvstore.calibration.model import Model
 from kvstore.errors import ConfigError
+from kvstore.files import read_text
 from kvstore.profiler.prompts import CONTINUATION_TOKENS, text_windows
 
 _BLOCKS = 16
@@ -19,13 +20,9 @@ def stretches(texts: Sequence[Path], model: Model, tokens_min: int) -> list[list
     """
     found: list[list[int]] = []
     for text in texts:
-        try:
-            paragraphs = text.read_text("utf-8").split("\n\n")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"cannot read {text}: {exc}") from exc
         held: list[str] = []
         size = 0
-        for paragraph in paragraphs:
+        for paragraph in read_text(text).split("\n\n"):
             held.append(paragraph)
             # A token has at least a byte of text, mostly several: few stretches are tokenised in vain.
             size += len(paragraph)

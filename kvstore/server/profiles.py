@@ -6,23 +6,22 @@ They are files in the data directory, one folder for a namespace: few, small bes
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 from aiohttp import web
 
 from kvstore.errors import BackendFullError, KVStoreError, NoProfilesError, ProfileError
+from kvstore.files import write_whole
 from kvstore.inspection import artefact_report
 from kvstore.keys import DIGEST_BYTES, parse_hex
-from kvstore.profile import SET_BYTES_MAX, ProfileSet, load_profiles, profiles_json
+from kvstore.profile import SET_BYTES_MAX, SET_FILE, ProfileSet, load_profiles, profiles_json
 from kvstore.server.auth import Tenants
 from kvstore.server.query import url_namespace
 from kvstore.server.receive import Receiver
 
 PATH = "/v1/profiles/{namespace}"
 ARTEFACT_PATH = PATH + "/artefacts/{digest}"
-_SET = "profiles.json"
 _JSON = "application/json"
 _BYTES = "application/octet-stream"
 
@@ -47,16 +46,16 @@ class ProfileStore:
             BackendFullError: It cannot be written.
         """
         folder = self._folder / namespace.hex()
-        self._write(folder / _SET, json.dumps(profiles_json(found)).encode())
+        self._write(folder / SET_FILE, json.dumps(profiles_json(found)).encode())
         for file in folder.iterdir():
-            if file.name not in (_SET, *found.artefacts):
+            if file.name not in (SET_FILE, *found.artefacts):
                 file.unlink(missing_ok=True)
         return self.missing(namespace, found)
 
     def get(self, namespace: bytes) -> ProfileSet | None:
         """The set of a namespace."""
         try:
-            data = (self._folder / namespace.hex() / _SET).read_bytes()
+            data = (self._folder / namespace.hex() / SET_FILE).read_bytes()
         except FileNotFoundError:
             return None
         return load_profiles(data)
@@ -94,17 +93,10 @@ class ProfileStore:
         return file if file.is_file() else None
 
     def _write(self, file: Path, data: bytes) -> None:
-        """Write a file that is there whole or not at all."""
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            scratch.replace(file)
+            write_whole(file, data)
         except OSError as exc:
-            scratch.unlink(missing_ok=True)
             raise BackendFullError("profiles", f"cannot write {file.name}: {exc.strerror or exc}") from exc
 
 
