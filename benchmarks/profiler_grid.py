@@ -28,7 +28,7 @@ GRID = Path(__file__).parent / "results" / "profiler_grid.jsonl"
 ARTEFACTS = Path(__file__).parent.parent / "build" / "profiler_grid"
 SEED = 0
 BUCKET = 512
-PROMPTS = 64
+PROMPTS = 12
 CALIBRATION_PROMPTS = 64
 _DIGITS = 5
 

@@ -7,7 +7,7 @@ from benchmarks.harness import Row
 from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure
 
 _TEXT = """\
-Every configuration of a grid was measured once: encoded with all its levels, the model run behind each of them on 64
+Every configuration of a grid was measured once: encoded with all its levels, the model run behind each of them on 12
 prompts of 512 tokens, decode times taken by a process alone on the machine (`benchmarks/results/profiler_grid.jsonl`).
 Searchers are charged for each configuration whose quality they ask for. *kvstore* is the profiler's own search; it
 knows ratio, decode time and the two errors of every candidate, which needs no model run. *kvserve* is the search of

@@ -11,10 +11,23 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvstore.codecs import CALIBRATED, NAMED, Context, Pipeline, build_pipeline, decode, encode, named_pipeline
+from kvstore.codecs import (
+    CALIBRATED,
+    NAMED,
+    Context,
+    Pipeline,
+    build_pipeline,
+    decode,
+    encode,
+    encode_levels,
+    named_pipeline,
+)
 from kvstore.codecs.artefact import load_artefact
 from kvstore.codecs.context import known_specs
+from kvstore.codecs.fast.quantise import reconstruct_rows
+from kvstore.codecs.ref.classes import tables
 from kvstore.codecs.ref.hadamard import rotate, rotation, unrotate
+from kvstore.codecs.ref.nested import reconstruct
 from kvstore.codecs.ref.pack import digits_per_byte, pack, packed_bytes, unpack
 from kvstore.codecs.ref.step import digit, quantise, scale_of
 from kvstore.codecs.registry import STAGES
@@ -123,6 +136,41 @@ def test_golden_frames_decode_to_what_was_encoded(name: str, dtype: str) -> None
         for plane, x in planes_like(case.layout).items():
             errors = frame.head.header.distortion.get(plane)
             assert error(found[plane], x) <= (1.001 * errors[level] if errors else 0)
+
+
+@pytest.mark.parametrize(("name", "dtype"), GOLDEN_CASES)
+def test_levels_are_known_while_encoding_as_they_will_be_decoded(name: str, dtype: str) -> None:
+    case = golden_case(name, dtype)
+    planes = planes_like(case.layout)
+    frame, levels = encode_levels(planes, case.layout, case.pipeline, key=case.key, context=case.context)
+    assert frame == encode(planes, case.layout, case.pipeline, key=case.key, context=case.context)
+    assert len(levels) == frame.levels
+    for level, expected in enumerate(levels):
+        held = frame.truncated(level)
+        found = decode(held, case.layout, case.artefacts, key=case.key, token_ids=case.context.token_ids)
+        assert all(same_bits(found[plane], x) for plane, x in expected.items())
+
+
+def test_values_of_nested_indices_are_those_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(5)
+    layers, tokens, heads, n = 2, 7, 3, 32
+    index = torch.randint(-40, 41, (layers, tokens, heads, n), generator=generator, dtype=torch.int32)
+    index[0, 0, 0, :4] = torch.tensor([0, 1, -1, 2_000_000])
+    classes = torch.randint(-60, 30, (layers, 1, heads, n), generator=generator, dtype=torch.int32)
+    offset = torch.randint(-10, 11, (layers, tokens, heads, 1), generator=generator, dtype=torch.int32)
+    step = torch.rand(layers, tokens, heads, 1, generator=generator)
+    found = torch.empty(index.shape)
+    reconstruct_rows(
+        index.view(-1, n).numpy(),
+        classes.view(-1, n).numpy(),
+        offset.view(-1).numpy(),
+        step.view(-1).numpy(),
+        tokens,
+        heads,
+        tables().shift,
+        found.view(-1, n).numpy(),
+    )
+    assert torch.equal(found, reconstruct(index, classes + offset, step))
 
 
 @pytest.mark.parametrize(("name", "dtype"), GOLDEN_CASES)

@@ -73,7 +73,7 @@ class Inline:
 
     def measure(self, kind: str, configurations: Sequence[Configuration]) -> Iterator[tuple[Configuration, Any]]:
         for configuration in configurations:
-            measured = self._bench.try_codec if kind == "trial" else self._bench.run_model
+            measured = self._bench.run_model if kind == "outcome" else self._bench.try_codec
             yield configuration, measured(configuration)
 
     def __enter__(self) -> "Inline":
@@ -210,7 +210,7 @@ def test_what_this_machine_cannot_run_is_infeasible(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(objectives, "encode_prompt", fail)
+    monkeypatch.setattr(objectives, "encode_prompt_levels", fail)
     with pytest.raises(InfeasibleError):
         bench.run_model(PLAIN)
     with pytest.raises(InfeasibleError):
@@ -221,7 +221,7 @@ def test_other_errors_are_not_taken_for_infeasible(bench: Bench, monkeypatch: py
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(objectives, "encode_prompt", fail)
+    monkeypatch.setattr(objectives, "encode_prompt_levels", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         bench.run_model(PLAIN)
 

@@ -4,7 +4,7 @@ A new codec is one file here: a frozen dataclass that is a `Stage`, listed in `r
 stage lives in `ref/`, where a kernel with the same name and signature can be held against it.
 """
 
-from kvstore.codecs.coding import decode, encode
+from kvstore.codecs.coding import decode, encode, encode_levels
 from kvstore.codecs.context import Context
 from kvstore.codecs.named import CALIBRATED, NAMED, named_pipeline
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
@@ -21,5 +21,6 @@ __all__ = [
     "build_pipeline",
     "decode",
     "encode",
+    "encode_levels",
     "named_pipeline",
 ]

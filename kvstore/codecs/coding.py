@@ -1,7 +1,7 @@
 """Between planes and frames: run a pipeline on every layer group, and lay its planes out level by level."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,6 +39,21 @@ def encode(
         PipelineError: The planes do not fit the layout, the pipeline does not fit the planes, or a value cannot be
             encoded.
     """
+    return _encode(planes, layout, pipeline, key, context, keep=False)[0]
+
+
+def encode_levels(
+    planes: Planes, layout: Layout, pipeline: Pipeline, *, key: ChunkKey, context: Context = _NO_CONTEXT
+) -> tuple[Frame, list[dict[str, torch.Tensor]]]:
+    """`encode`, and what `decode` makes of each level of the frame: to measure distortion, that is known anyway."""
+    frame, found = _encode(planes, layout, pipeline, key, context, keep=True)
+    return frame, [{name: torch.cat([part[name] for part in parts]) for name in layout.planes} for parts in found]
+
+
+def _encode(
+    planes: Planes, layout: Layout, pipeline: Pipeline, key: ChunkKey, context: Context, *, keep: bool
+) -> tuple[Frame, list[list[Planes]]]:
+    """The frame, and with `keep`, by level, the decoded planes of every layer group."""
     _check_planes(planes, layout)
     groups = _groups(layout, pipeline, context.group_layers)
     names = _planes_by_level(pipeline, known_specs(layout, groups[0]))
@@ -55,7 +70,13 @@ def encode(
         coder.encode({**found, **lossy.announce(specs, _context(part))}, lossy.infer(specs))
         for (specs, part), found in zip(parts, quantised, strict=True)
     ]
-    distortion = {} if pipeline.lossless else _distortion(lossy, parts, quantised, len(names))
+    kept = [[exact for _, exact in parts]] if keep else []
+    distortion = {}
+    if not pipeline.lossless:
+        # One level at a time, where nobody wants them: of a large model each takes what the chunk does.
+        levels = _decoded(lossy, parts, quantised, len(names))
+        kept = list(levels) if keep else []
+        distortion = _distortion(parts, kept or levels)
     artefacts = pipeline.artefacts
     header = Header(
         key=key,
@@ -67,9 +88,10 @@ def encode(
         artefacts=artefacts,
         distortion=distortion,
     )
-    return pack_frame(
+    frame = pack_frame(
         header, [part[name].contiguous().numpy().data for level in names for part in coded for name in level]
     )
+    return frame, kept
 
 
 def decode(
@@ -218,27 +240,38 @@ def _context(planes: Planes) -> Planes:
     return {name: x for name, x in planes.items() if is_context(name)}
 
 
-def _distortion(
+def _decoded(
     lossy: Pipeline, parts: Sequence[tuple[Specs, Planes]], quantised: Sequence[Planes], levels: int
-) -> dict[str, tuple[float, ...]]:
-    """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2.
+) -> Iterator[list[Planes]]:
+    """Level by level, the decoded planes of every layer group.
 
     Coders behind the last lossy stage change nothing, so they are not undone for it.
     """
-    names = base_planes(parts[0][0])
-    power = {name: sum(_squares(part[name].float()) for _, part in parts) for name in names}
-    errors: dict[str, list[float]] = {name: [] for name in names}
+    made = [lossy.infer(specs) for specs, _ in parts]
     for level in range(levels):
-        error = dict.fromkeys(names, 0.0)
-        for (specs, part), found in zip(parts, quantised, strict=True):
-            made = lossy.infer(specs)
-            kept = {name: x for name, x in found.items() if (made[name].level or 0) <= level}
-            decoded = lossy.decode({**kept, **_context(part)}, specs)
-            for name in names:
-                error[name] += _squares(part[name].float() - decoded[name].to(part[name].dtype).float())
+        decoded: list[Planes] = []
+        for (specs, exact), inferred, coded in zip(parts, made, quantised, strict=True):
+            kept = {name: x for name, x in coded.items() if (inferred[name].level or 0) <= level}
+            planes = lossy.decode({**kept, **_context(exact)}, specs)
+            decoded.append({name: planes[name].to(exact[name].dtype) for name in base_planes(specs)})
+        yield decoded
+
+
+def _distortion(
+    parts: Sequence[tuple[Specs, Planes]], levels: Iterable[Sequence[Planes]]
+) -> dict[str, tuple[float, ...]]:
+    """Relative squared error of every plane after each level: sum of (x - decoded)^2 over sum of x^2."""
+    names = base_planes(parts[0][0])
+    # Nothing is relative to zero: of a plane of zeros it is the mean squared error.
+    unit = {
+        name: sum(_squares(part[name].float()) for _, part in parts) or sum(part[name].numel() for _, part in parts)
+        for name in names
+    }
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    for decoded in levels:
         for name in names:
-            # Nothing is relative to zero: of a plane of zeros it is the mean squared error.
-            relative = error[name] / (power[name] or sum(part[name].numel() for _, part in parts))
+            pairs = [(exact[name], found[name]) for (_, exact), found in zip(parts, decoded, strict=True)]
+            relative = sum(_squares(exact.float() - found.float()) for exact, found in pairs) / unit[name]
             if not math.isfinite(relative):
                 raise PipelineError(f"plane {name!r} has values too large for float32 arithmetic; use 'raw'")
             errors[name].append(float(f"{relative:.6g}"))

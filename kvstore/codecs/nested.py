@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from kvstore.codecs.fast.quantise import quantise_rows
+from kvstore.codecs.fast.quantise import quantise_rows, reconstruct_rows
 from kvstore.codecs.options import require_int
-from kvstore.codecs.ref.classes import CLASS_MAX, CLASSES_PER_LEVEL
-from kvstore.codecs.ref.nested import class_of, coarser, costs, limits, reconstruct, step_size
+from kvstore.codecs.ref.classes import CLASS_MAX, CLASSES_PER_LEVEL, tables
+from kvstore.codecs.ref.nested import class_of, coarser, costs, limits, step_size
 from kvstore.codecs.stage import Planes, Specs, require_finite, require_floats
 from kvstore.errors import FrameCorruptError, PipelineError
 from kvstore.layout import PlaneSpec
@@ -98,9 +98,7 @@ class Nested:
             while held < self.levels and f"{name}.{held}" in planes:
                 index = 3 * index + (planes[f"{name}.{held}"].int() - 1)
                 held += 1
-            offset = total_offset(name, planes)
-            classes = planes[f".{name}.class"] + offset + CLASSES_PER_LEVEL * (held - 1)
-            out[name] = reconstruct(index, classes, self._steps(name, planes) / 3 ** (held - 1))
+            out[name] = self._reconstruct(name, planes, index, held)
         return out
 
     def _step(self, name: str) -> int:
@@ -119,6 +117,25 @@ class Nested:
         if scale is None:
             return step
         return step * torch.pow(3.0, scale.float() / CLASSES_PER_LEVEL)
+
+    def _reconstruct(self, name: str, planes: Planes, index: torch.Tensor, held: int) -> torch.Tensor:
+        """Values of the indices of a level, float32: what `ref.nested.reconstruct` gives, compiled."""
+        _, tokens, heads, n = index.shape
+        offset = (total_offset(name, planes) + CLASSES_PER_LEVEL * (held - 1)).reshape(-1).contiguous()
+        step = (self._steps(name, planes) / 3 ** (held - 1)).expand(*index.shape[:3], 1).reshape(-1).contiguous()
+        classes = planes[f".{name}.class"].reshape(-1, n).contiguous()
+        out = torch.empty(index.shape)
+        reconstruct_rows(
+            index.reshape(-1, n).contiguous().numpy(),
+            classes.numpy(),
+            offset.numpy(),
+            step.numpy(),
+            tokens,
+            heads,
+            tables().shift,
+            out.view(-1, n).numpy(),
+        )
+        return out
 
     def _quantise(self, name: str, x: torch.Tensor, planes: Planes) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of the finest level, int32 like the plane, and `k.class`."""

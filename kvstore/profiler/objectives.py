@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, variance
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,15 +17,14 @@ from kvstore.codecs import Pipeline, Planes, build_pipeline
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.codecs.ref.rope import rotary_planes, rotate, unrotate
 from kvstore.errors import ConfigError, PipelineError
-from kvstore.frame import Frame
 from kvstore.layout import Layout
 from kvstore.profiler.decoders import Decoder, decoder_for
 from kvstore.profiler.prompts import (
     CONTINUATION_TOKENS,
     Prompt,
     bfloat16_layout,
-    decode_prompt,
     encode_prompt,
+    encode_prompt_levels,
     kl_nats,
     take_prompt,
 )
@@ -34,8 +33,19 @@ from kvstore.profiler.space import Configuration, Space
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 Result = TypeVar("Result")
 
-_REPEATS = 4
+_CONTINUATIONS = 4
 """Sampled continuations behind the weights of `weighted_error`."""
+
+
+class _Repeats(NamedTuple):
+    """How often something is timed, behind one time that does not count."""
+
+    encode: int
+    decode: int
+
+
+_REPEATS = {False: _Repeats(1, 3), True: _Repeats(3, 5)}
+"""By whether it shall be thorough. Nothing is chosen by the time that encoding takes."""
 
 
 class InfeasibleError(Exception):
@@ -169,17 +179,17 @@ class Bench:
         self._artefacts: dict[str, tuple[str, bytes]] = {}
         self._decoder: Decoder = decoder_for(task.device, self.layout)
 
-    def try_codec(self, configuration: Configuration, *, repeats: int = 3) -> Trial:
+    def try_codec(self, configuration: Configuration, *, thorough: bool = False) -> Trial:
         """Encode and decode a few prompts, without the model.
 
         Args:
             configuration: What to try.
-            repeats: Timed repetitions behind one that is not timed; medians are taken.
+            thorough: Whether the times are to be published, and not only to choose by.
 
         Raises:
             InfeasibleError: It cannot be run here.
         """
-        return _or_infeasible(lambda: self._try(configuration, repeats))
+        return _or_infeasible(lambda: self._try(configuration, _REPEATS[thorough]))
 
     def run_model(self, configuration: Configuration) -> Outcome:
         """Encode every prompt once, and let the model go on behind each of its levels.
@@ -230,7 +240,7 @@ class Bench:
             sample.queries[:, :prefix],
             sample.token_ids,
         )
-        gradients = list(fisher_gradients(self._model, self.layout, cut, _REPEATS))
+        gradients = list(fisher_gradients(self._model, self.layout, cut, _CONTINUATIONS))
         weights = {name: torch.stack([one[name].square() for one in gradients]).mean(0) for name in cut.planes}
         queries = sample.queries[:, prefix:]
         if self.layout.rope is not None:
@@ -239,7 +249,7 @@ class Bench:
         exact = {name: x.float() for name, x in prompt.planes.items()}
         return Case(prompt, weights, queries, attention_outputs(queries, exact))
 
-    def _try(self, configuration: Configuration, repeats: int) -> Trial:
+    def _try(self, configuration: Configuration, repeats: _Repeats) -> Trial:
         pipeline, artefacts = self.pipeline(configuration)
         cases = self.cases
         with torch.inference_mode():
@@ -253,44 +263,43 @@ class Bench:
             tuple(fmean(one.attention_error[level] for one in tried) for level in levels),
         )
 
-    def _try_case(self, case: Case, pipeline: Pipeline, artefacts: dict[str, bytes], repeats: int) -> Trial:
+    def _try_case(self, case: Case, pipeline: Pipeline, artefacts: dict[str, bytes], repeats: _Repeats) -> Trial:
         prompt = case.prompt
         exact = {name: x.float() for name, x in prompt.planes.items()}
-        frames = encode_prompt(prompt, self.layout, pipeline)
+        frames, decoded = encode_prompt_levels(prompt, self.layout, pipeline)
         raw_gb = prompt.raw_bytes / 1e9
-        encode_s = _clock(lambda: encode_prompt(prompt, self.layout, pipeline), repeats)
+        encode_s = _median_s(lambda: encode_prompt(prompt, self.layout, pipeline), repeats.encode)
         ratio, decode_s, weighted, attention = [], [], [], []
-        for level in range(frames[0].levels):
+        for level, found in enumerate(decoded):
             cut = [frame.truncated(level) for frame in frames]
             ratio.append(prompt.raw_bytes / sum(frame.size_bytes for frame in cut))
             ready = self._decoder.ready(cut, artefacts, prompt.token_ids)
-            decode_s.append(_clock(ready, repeats) / raw_gb)
-            planes = {name: x.float() for name, x in decode_prompt(cut, self.layout, artefacts, prompt).items()}
+            ready()
+            decode_s.append(_median_s(ready, repeats.decode) / raw_gb)
+            planes = {name: x.float() for name, x in found.items()}
             weighted.append(weighted_error(exact, planes, case.weights, self.layout) / CONTINUATION_TOKENS)
             attention.append(attention_error(case.outputs, attention_outputs(case.queries, planes)))
         return Trial(tuple(ratio), encode_s / raw_gb, tuple(decode_s), tuple(weighted), tuple(attention))
 
     @torch.inference_mode()
     def _run(self, configuration: Configuration) -> Outcome:
-        pipeline, artefacts = self.pipeline(configuration)
+        pipeline, _ = self.pipeline(configuration)
         raw_bytes, frame_bytes = 0, [0] * configuration.levels
         losses: list[dict[str, Loss]] = [{} for _ in frame_bytes]
         for bucket, prompts in self.prompts.items():
             found: list[list[Loss]] = [[] for _ in frame_bytes]
             for prompt in prompts:
                 raw_bytes += prompt.raw_bytes
-                frames = encode_prompt(prompt, self.layout, pipeline)
-                for level, held in enumerate(found):
-                    cut = [frame.truncated(level) for frame in frames]
-                    frame_bytes[level] += sum(frame.size_bytes for frame in cut)
-                    held.append(self._loss(prompt, cut, artefacts))
+                frames, decoded = encode_prompt_levels(prompt, self.layout, pipeline)
+                for level, planes in enumerate(decoded):
+                    frame_bytes[level] += sum(frame.truncated(level).size_bytes for frame in frames)
+                    found[level].append(self._loss(prompt, planes))
             for level, held in enumerate(found):
                 losses[level][bucket] = _mean(held)
         return Outcome(tuple(raw_bytes / one for one in frame_bytes), tuple(losses))
 
-    def _loss(self, prompt: Prompt, frames: Sequence[Frame], artefacts: dict[str, bytes]) -> Loss:
+    def _loss(self, prompt: Prompt, planes: Planes) -> Loss:
         following = prompt.token_ids[prompt.tokens :]
-        planes = decode_prompt(frames, self.layout, artefacts, prompt)
         log_p = self._model.log_probabilities({name: x.float() for name, x in planes.items()}, following)
         exact, next_ids = prompt.log_p, torch.tensor(following[1:])[:, None]
         # The distribution behind the last token belongs to no token of the continuation.
@@ -342,9 +351,8 @@ def _mean(losses: Sequence[Loss]) -> Loss:
     )
 
 
-def _clock(run: Callable[[], object], repeats: int) -> float:
-    """Median seconds; the first run is not counted."""
-    run()
+def _median_s(run: Callable[[], object], repeats: int) -> float:
+    """Median seconds of what ran at least once before."""
     samples = []
     for _ in range(repeats):
         start = time.perf_counter()

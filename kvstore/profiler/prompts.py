@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from kvstore.calibration.model import Model, planes_of
-from kvstore.codecs import Context, Pipeline, Planes, decode, encode
+from kvstore.codecs import Context, Pipeline, Planes, decode, encode, encode_levels
 from kvstore.codecs.importance import token_importance
 from kvstore.frame import Frame
-from kvstore.keys import chunk_keys
+from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout, PlaneSpec
 
 CHUNK_TOKENS = 256
@@ -87,10 +87,28 @@ def take_prompt(model: Model, token_ids: Sequence[int], prefix: int) -> Prompt:
 
 def encode_prompt(prompt: Prompt, layout: Layout, pipeline: Pipeline) -> list[Frame]:
     """Frames of a prompt's chunks, encoded as `put_prefix` does."""
+    return [
+        encode(planes, layout, pipeline, key=key, context=context)
+        for planes, key, context in _chunks(prompt, layout, pipeline)
+    ]
+
+
+def encode_prompt_levels(
+    prompt: Prompt, layout: Layout, pipeline: Pipeline
+) -> tuple[list[Frame], list[dict[str, torch.Tensor]]]:
+    """The same, and by level the planes of all chunks as they will come out of the frames."""
+    coded = [
+        encode_levels(planes, layout, pipeline, key=key, context=context)
+        for planes, key, context in _chunks(prompt, layout, pipeline)
+    ]
+    levels = zip(*(decoded for _, decoded in coded), strict=True)
+    return [frame for frame, _ in coded], [_joined(parts) for parts in levels]
+
+
+def _chunks(prompt: Prompt, layout: Layout, pipeline: Pipeline) -> Iterator[tuple[Planes, ChunkKey, Context]]:
     importance = None
     if pipeline.importance is not None:
         importance = token_importance(prompt.planes["k"], layout, pipeline.importance)
-    frames = []
     for number, key in enumerate(chunk_keys(layout, prompt.token_ids[: prompt.tokens])):
         start, end = number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS
         context = Context(
@@ -99,9 +117,7 @@ def encode_prompt(prompt: Prompt, layout: Layout, pipeline: Pipeline) -> list[Fr
             last=end == prompt.tokens,
             token_ids=prompt.token_ids[:end],
         )
-        chunk = {name: x[:, start:end] for name, x in prompt.planes.items()}
-        frames.append(encode(chunk, layout, pipeline, key=key, context=context))
-    return frames
+        yield {name: x[:, start:end] for name, x in prompt.planes.items()}, key, context
 
 
 def decode_chunks(
@@ -117,5 +133,9 @@ def decode_prompt(
     frames: Sequence[Frame], layout: Layout, artefacts: Mapping[str, bytes], prompt: Prompt
 ) -> dict[str, torch.Tensor]:
     """Planes of all chunks, as they come out of frames."""
-    parts = list(decode_chunks(frames, layout, artefacts, prompt.token_ids))
-    return {name: torch.cat([part[name] for part in parts], 1) for name in prompt.planes}
+    return _joined(list(decode_chunks(frames, layout, artefacts, prompt.token_ids)))
+
+
+def _joined(parts: Sequence[Planes]) -> dict[str, torch.Tensor]:
+    """Planes of consecutive chunks as one."""
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}

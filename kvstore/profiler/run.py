@@ -298,7 +298,7 @@ class Run:
                 self._watch("measuring the profiles", len(outcomes), len(chosen), "")
         # Alone, so that the times are those of a machine that does nothing else.
         with Workers(task, 1) as workers:
-            for number, (configuration, timed) in enumerate(workers.measure("trial", chosen)):
+            for number, (configuration, timed) in enumerate(workers.measure("times", chosen)):
                 if isinstance(timed, Trial):
                     trials[configuration] = timed
                 self._watch("timing the profiles", number + 1, len(chosen), "")

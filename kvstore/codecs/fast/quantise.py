@@ -165,3 +165,41 @@ def quantise_rows(
             y = x[i, j] / step[i] * finer
             # Cut before rounding: an outlier may be wider than an integer.
             index[i, j] = round(min(max(y, -limit), limit))
+
+
+@jit
+def reconstruct_rows(
+    index: Array,
+    classes: Array,
+    offset: Array,
+    step: Array,
+    tokens: int,
+    heads: int,
+    shift: Array,
+    out: Array,
+) -> None:
+    """Values of indices: centroids of their cells, bit for bit those of `ref/nested.reconstruct`.
+
+    Args:
+        index: `[rows, n]` int32.
+        classes: `[layers * heads, n]` int32 without the row's offset.
+        offset: `[rows]` int32, at this level's resolution.
+        step: `[rows]` float32, this level's step.
+        tokens: Tokens of a layer.
+        heads: Heads of a layer.
+        shift: Of centroids towards zero, in steps, by class and magnitude; see `ref/classes.py`.
+        out: `[rows, n]` float32, written.
+    """
+    count, width = index.shape
+    known, columns = shift.shape
+    for i in range(count):
+        block = i // (tokens * heads) * heads + i % heads
+        for j in range(width):
+            value = int(index[i, j])
+            c = max(classes[block, j] + offset[i], 0)
+            towards_zero = np.float32(0.0)
+            if value != 0 and c < known:
+                towards_zero = shift[c, min(abs(value), columns) - 1]
+            if value < 0:
+                towards_zero = -towards_zero
+            out[i, j] = (np.float32(value) - towards_zero) * step[i]
