@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.codec_pages import CODEC_PAGES
+from benchmarks.controller_pages import CONTROLLER_PAGES
 from benchmarks.engine_pages import ENGINE_PAGES
 from benchmarks.engine_quality_pages import ENGINE_QUALITY_PAGES
 from benchmarks.harness import RESULTS, ROOT, Row
@@ -231,6 +232,7 @@ PAGES: Mapping[str, Page] = {
         _plot_wire,
     ),
     **CODEC_PAGES,
+    **CONTROLLER_PAGES,
     **ENGINE_PAGES,
     **ENGINE_QUALITY_PAGES,
     **PEER_PAGES,

@@ -1,0 +1,332 @@
+"""What controllers lose to an oracle over a trace of requests whose link drifts and whose profile is wrong.
+
+    python -m benchmarks.controller_regret --trace FILE
+
+A request fetches the cache of its prompt. Every arm's true time comes from the max-plus model with the link of that
+moment and decoding three times slower than profiled, times noise. The oracle takes the arm with the least true
+time before noise. Times are modelled; the ratios and losses are those of the set of profiles, as measured.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from random import Random
+from time import perf_counter
+
+from benchmarks.harness import Aim, Row, argument_parser, at_most, output_path, percentile, write_result
+from kvstore.controller.controller import Controller, Situation, octave
+from kvstore.controller.estimators import DecodeSpeed, LinkState
+from kvstore.controller.latency import Link, Rates, Terms, Volume, compute_terms, fetch_terms
+from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Wish
+from kvstore.profile import ProfileSet
+from kvstore.profile_sets import DEFAULT, read_set
+
+NAME = "controller_regret"
+REQUESTS = 10_000
+SETTLED = 500
+BUDGET_NATS = 0.01
+TOKEN_BYTES = 131_072
+"""K and V of a token of Llama-3.1-8B in bfloat16."""
+CHUNK_TOKENS = 256
+PREFILL_TOKENS_PER_S = 8_000.0
+DECODE_S_PER_GB = 0.02
+"""Of the fastest level of the set, as on a GPU; the others in proportion to what was measured on a CPU."""
+SLOWER = 3.0
+NOISE = 0.1
+OUTLIERS = 0.02
+OUTLIER = 4.0
+LOW_BYTES_PER_S, HIGH_BYTES_PER_S = 2.5e8, 5e10
+"""2 to 400 Gb/s."""
+STEP = 0.05
+"""Standard deviation of the logarithm of the link's rate from one request to the next."""
+LEAP = 0.005
+"""Share of requests before which the rate becomes another one at once."""
+RTT_S = 0.002
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of a profile: ratio, quality loss in nats, seconds a GB as profiled."""
+
+    name: str
+    ratio: float
+    loss_nats: float
+    decode_s_per_gb: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One request: its tokens, the link's rate, and the noise of its transfer."""
+
+    tokens: int
+    bytes_per_s: float
+    noise: float
+
+    @property
+    def raw_bytes(self) -> float:
+        return float(self.tokens * TOKEN_BYTES)
+
+    @property
+    def chunks(self) -> int:
+        return max(1, self.tokens // CHUNK_TOKENS)
+
+
+@dataclass(frozen=True)
+class World:
+    """What is true: levels, and by how much their decoding is slower than profiled."""
+
+    levels: Sequence[Level]
+    slower: float
+
+    def terms(self, name: str, moment: Moment) -> Terms:
+        """True terms of an arm."""
+        if name == RECOMPUTE:
+            return compute_terms(moment.tokens / PREFILL_TOKENS_PER_S)
+        return self.fetch(name, moment, Link(moment.bytes_per_s, RTT_S), self.slower)
+
+    def fetch(self, name: str, moment: Moment, link: Link, slower: float) -> Terms:
+        """Terms of a fetch over some link, with decoding so many times slower than profiled."""
+        level = self.by_name[name]
+        volume = Volume(moment.raw_bytes, moment.raw_bytes / level.ratio, moment.chunks)
+        return fetch_terms(volume, link, Rates(decode_s_per_gb=slower * level.decode_s_per_gb))
+
+    @property
+    def by_name(self) -> Mapping[str, Level]:
+        """Levels by what they are called."""
+        return self._by_name
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {level.name: level for level in self.levels})
+
+    _by_name: Mapping[str, Level] = field(init=False, repr=False, compare=False)
+
+
+class Chooser:
+    """Names an arm for a request, and is told what came of it."""
+
+    def choose(self, moment: Moment) -> str:
+        """The arm. Only the tokens of the moment may be looked at, unless it says otherwise."""
+        raise NotImplementedError
+
+    def observe(self, moment: Moment, arm: str, wire_s: float, decode_s: float, took_s: float) -> None:
+        """What came of it."""
+
+
+class Ours(Chooser):
+    """kvstore's controller: estimators, latency model, bandit, policy."""
+
+    def __init__(self, world: World, seed: int, *, learns: bool = True) -> None:
+        self._world = world
+        self._now_s = 0.0
+        self._controller = Controller(lambda: self._now_s, Random(seed), explores=learns)
+        self._link, self._decode, self._learns = LinkState(), DecodeSpeed(), learns
+        self._decision = 0
+        self.decide_s: list[float] = []
+
+    def choose(self, moment: Moment) -> str:
+        began_s = perf_counter()
+        link = Link(self._link.rate.value, self._link.rtt.value)
+        arms = [
+            Arm(level.name, level.loss_nats, self._world.fetch(level.name, moment, link, self._factor(level.name)))
+            for level in self._world.levels
+        ]
+        arms.append(Arm(RECOMPUTE, 0.0, compute_terms(moment.tokens / PREFILL_TOKENS_PER_S)))
+        situation = Situation("tenant", "link", "host", octave(moment.raw_bytes), 0)
+        decision = self._controller.decide(situation, arms, Wish(BUDGET_NATS))
+        self.decide_s.append(perf_counter() - began_s)
+        self._decision = decision.id
+        return decision.choice.arm.name
+
+    def observe(self, moment: Moment, arm: str, wire_s: float, decode_s: float, took_s: float) -> None:
+        self._now_s += took_s
+        if arm == RECOMPUTE:
+            return
+        level = self._world.by_name[arm]
+        self._link.observe(moment.raw_bytes / level.ratio, wire_s + RTT_S, first_byte_s=RTT_S)
+        if self._learns:
+            self._decode.observe(arm, moment.raw_bytes / 1e9 * level.decode_s_per_gb, decode_s)
+            self._controller.observe(self._decision, took_s, tenant="tenant")
+
+    def _factor(self, arm: str) -> float:
+        return self._decode.factor(arm) if self._learns else 1.0
+
+
+class KVServe(Chooser):
+    """KVServe's online controller as its code has it: intervals of the link, epsilon-greedy, an average of the error.
+
+    It does not measure its link; here it is told the true rate before every request.
+    """
+
+    def __init__(self, world: World, seed: int) -> None:
+        self._world, self._random = world, Random(seed)
+        self._error_s: dict[tuple[int, str], float] = {}
+        allowed = [one for one in world.levels if one.loss_nats <= BUDGET_NATS and one.name != EXACT]
+        speed = {one.name: 1e9 / one.decode_s_per_gb for one in allowed}
+        self._front = sorted(
+            (
+                one
+                for one in allowed
+                if not any(o.ratio >= one.ratio and speed[o.name] > speed[one.name] for o in allowed)
+            ),
+            key=lambda one: one.ratio,
+        )
+        self._limits = {one.name: (1 - 1 / one.ratio) * speed[one.name] for one in self._front}
+        self._cuts = sorted(self._limits.values())
+
+    def choose(self, moment: Moment) -> str:
+        volume, rate = moment.raw_bytes, moment.bytes_per_s
+        interval = sum(cut < rate for cut in self._cuts)
+        ranked = sorted(range(len(self._front)), key=lambda n: self._model_s(self._front[n], volume, rate))
+        near = [n for n in (ranked[0] - 1, ranked[0], ranked[0] + 1) if 0 <= n < len(self._front)] if ranked else []
+        candidates = [self._front[n] for n in near if rate < self._limits[self._front[n].name]]
+        if not candidates:
+            return EXACT
+        if self._random.random() < 0.1:
+            return self._random.choice(candidates).name
+        return min(
+            candidates,
+            key=lambda one: self._model_s(one, volume, rate) + self._error_s.get((interval, one.name), 0.0),
+        ).name
+
+    def observe(self, moment: Moment, arm: str, wire_s: float, decode_s: float, took_s: float) -> None:
+        if arm in (EXACT, RECOMPUTE):
+            return
+        interval = sum(cut < moment.bytes_per_s for cut in self._cuts)
+        error_s = took_s - self._model_s(self._world.by_name[arm], moment.raw_bytes, moment.bytes_per_s)
+        known = self._error_s.get((interval, arm), 0.0)
+        self._error_s[interval, arm] = 0.8 * known + 0.2 * error_s
+
+    def _model_s(self, level: Level, raw_bytes: float, bytes_per_s: float) -> float:
+        return raw_bytes / 1e9 * level.decode_s_per_gb + raw_bytes / (bytes_per_s * level.ratio)
+
+
+class Static(Chooser):
+    """One arm for every request."""
+
+    def __init__(self, arm: str) -> None:
+        self._arm = arm
+
+    def choose(self, moment: Moment) -> str:
+        return self._arm
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argument_parser(NAME, "Regret of controllers over a trace with a drifting link and a wrong profile.")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines with `input_length` (made by the seed)")
+    parser.add_argument("--profiles", type=Path, default=Path(DEFAULT), help="set of profiles (%(default)s)")
+    args = parser.parse_args(argv)
+    found = read_set(args.profiles)
+    count = 400 if args.quick else REQUESTS
+    world = World(levels_of(found), SLOWER)
+    moments = list(drifting(lengths(args.trace, count, args.seed), args.seed))
+    rows, aims = compare(world, moments, args.seed)
+    write_result(NAME, rows, aims, args.seed, out=output_path(NAME, args))
+    for row in rows:
+        if row["table"] == "controllers":
+            print(row)
+    for aim in aims:
+        print(f"{aim.aim}: {aim.value} of {aim.target} ({'met' if aim.met else 'missed'})")
+
+
+def levels_of(found: ProfileSet) -> list[Level]:
+    """The levels of a set, with decoding as fast as on a GPU, and the uncompressed arm."""
+    fastest = min(level.decode_s_per_gb for profile in found.profiles for level in profile.levels)
+    levels = [
+        Level(
+            f"{profile.name}/{number}",
+            level.ratio,
+            max(quality.kl_nats for quality in level.quality.values()),
+            DECODE_S_PER_GB * level.decode_s_per_gb / fastest,
+        )
+        for profile in found.profiles
+        for number, level in enumerate(profile.levels)
+    ]
+    return [*levels, Level(EXACT, 1.0, 0.0, 0.0)]
+
+
+def lengths(trace: Path | None, count: int, seed: int) -> list[int]:
+    """Prompt lengths of requests, tokens."""
+    if trace is None:
+        rng = Random(seed)
+        return [max(CHUNK_TOKENS, int(rng.lognormvariate(8.7, 0.9))) for _ in range(count)]
+    with trace.open() as stream:
+        return [max(CHUNK_TOKENS, int(json.loads(line)["input_length"])) for line in islice(stream, count)]
+
+
+def drifting(tokens: Sequence[int], seed: int) -> Iterator[Moment]:
+    """Requests with the link's rate as it wanders and leaps."""
+    rng = Random(seed)
+    low, high = math.log(LOW_BYTES_PER_S), math.log(HIGH_BYTES_PER_S)
+    rate = rng.uniform(low, high)
+    for count in tokens:
+        rate = rng.uniform(low, high) if rng.random() < LEAP else rate + rng.gauss(0, STEP)
+        # Reflected at its bounds.
+        rate = min(max(rate, 2 * low - rate), 2 * high - rate)
+        noise = math.exp(rng.gauss(0, NOISE)) * (OUTLIER if rng.random() < OUTLIERS else 1.0)
+        yield Moment(count, math.exp(rate), noise)
+
+
+def run(world: World, moments: Sequence[Moment], chooser: Chooser) -> tuple[list[float], list[float]]:
+    """Seconds beyond the oracle's and the oracle's own, request by request."""
+    names = [level.name for level in world.levels if level.loss_nats <= BUDGET_NATS] + [RECOMPUTE]
+    lost, best = [], []
+    for moment in moments:
+        arm = chooser.choose(moment)
+        assert arm in names, f"{arm} breaks the budget"
+        true_s = {name: world.terms(name, moment).total_s for name in {*names}}
+        terms = world.terms(arm, moment)
+        wire_s, decode_s = (moment.noise * terms.stages.get(stage, 0.0) for stage in ("wire", "decode"))
+        chooser.observe(moment, arm, wire_s, decode_s, moment.noise * terms.total_s)
+        best.append(min(true_s.values()))
+        lost.append(true_s[arm] - best[-1])
+    return lost, best
+
+
+def compare(world: World, moments: Sequence[Moment], seed: int) -> tuple[list[Row], list[Aim]]:
+    """Rows and aims."""
+    ours = Ours(world, seed)
+    static = [level.name for level in world.levels if level.loss_nats <= BUDGET_NATS] + [RECOMPUTE]
+    choosers: dict[str, Callable[[], Chooser]] = {
+        "kvstore": lambda: ours,
+        "kvserve": lambda: KVServe(world, seed),
+        "analytical only": lambda: Ours(world, seed, learns=False),
+    }
+    found = {name: run(world, moments, make()) for name, make in choosers.items()}
+    statics = {name: run(world, moments, Static(name)) for name in static}
+    best_static = min(statics, key=lambda name: sum(statics[name][0]))
+    found[f"best static ({best_static})"] = statics[best_static]
+    rows: list[Row] = []
+    late: dict[str, float] = {}
+    for name, (lost, best) in found.items():
+        late[name] = sum(lost[SETTLED:]) / sum(best[SETTLED:])
+        rows.append(
+            {
+                "table": "controllers",
+                "controller": name,
+                "lost_s": round(sum(lost), 3),
+                "lost_share": round(sum(lost) / sum(best), 4),
+                "lost_share_settled": round(late[name], 4),
+                "oracle_s": round(sum(best), 1),
+            }
+        )
+        every = max(1, len(lost) // 200)
+        total = 0.0
+        for number, one in enumerate(lost, 1):
+            total += one
+            if number % every == 0:
+                rows.append({"table": "curve", "controller": name, "requests": number, "lost_s": round(total, 3)})
+    decide_us = 1e6 * percentile(ours.decide_s, 99)
+    rows.append({"table": "decision", "arms": len(world.levels) + 1, "p99_us": round(decide_us, 1)})
+    aims = [
+        at_most(f"share of the oracle's time lost after {SETTLED} requests", 0.05, round(late["kvstore"], 4)),
+        at_most("regret in KVServe's", 0.5, round(sum(found["kvstore"][0]) / sum(found["kvserve"][0]), 4)),
+        at_most("a decision, us (p99)", 200.0, round(decide_us, 1)),
+    ]
+    return rows, aims
+
+
+if __name__ == "__main__":
+    main()

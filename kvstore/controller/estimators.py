@@ -1,0 +1,210 @@
+"""What links and engines are like now, learned from transfers and steps as they happen.
+
+Rates drift and single observations lie: a transfer may have waited for something that has nothing to do with its link.
+So each quantity is the logarithm of a rate that wanders (a local level model), an observation that lies far from what
+is expected moves it only so far, and the next one that agrees with it moves it all the way.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_WANDER = 0.03
+"""Variance that a logarithm gains before each observation: 17 % either way."""
+_NOISE = 0.02
+"""Variance of one good observation: 14 % either way."""
+_CLIP = 2.5
+"""Standard deviations beyond which an observation counts as no farther away."""
+_AGREEING = 2
+"""After so many surprises in a row on the same side the quantity has changed: what was known counts for little."""
+_UNKNOWN = 4.0
+"""Variance of what nobody has seen yet: a factor of seven either way."""
+_SAME = 0.25
+"""Variance of what is expected to be as it was measured elsewhere: a factor of 1.6 either way."""
+_LOG_MAX = 300.0
+"""Logarithms go no farther, so that absurd reports stay numbers."""
+_PROBE_BYTES = 1 << 16
+"""Transfers of fewer bytes tell of the round trip; larger ones tell of the rate."""
+
+
+@dataclass
+class Level:
+    """A positive quantity that wanders, as its logarithm with a variance.
+
+    Args:
+        value: Its prior median.
+        variance: Of the logarithm.
+    """
+
+    value: float
+    variance: float = _UNKNOWN
+    seen: int = 0
+    _surprises: int = 0
+
+    def observe(self, found: float, noise: float = _NOISE) -> None:
+        """Learn from an observation.
+
+        Args:
+            found: What was seen; above zero and finite, else it tells nothing.
+            noise: Variance of its logarithm.
+        """
+        if not 0 < found < math.inf:
+            return
+        self.variance = min(self.variance + _WANDER, _UNKNOWN)
+        surprise = math.log(found) - math.log(self.value)
+        bound = _CLIP * math.sqrt(self.variance + noise)
+        if abs(surprise) > bound:
+            side = 1 if surprise > 0 else -1
+            self._surprises = self._surprises + side if self._surprises * side > 0 else side
+            if abs(self._surprises) >= _AGREEING:
+                self.variance = max(self.variance, surprise**2)
+                self._surprises = 0
+            else:
+                surprise = math.copysign(bound, surprise)
+        else:
+            self._surprises = 0
+        gain = self.variance / (self.variance + noise)
+        self.value = math.exp(min(max(math.log(self.value) + gain * surprise, -_LOG_MAX), _LOG_MAX))
+        self.variance *= 1 - gain
+        self.seen += 1
+
+    def quantile(self, deviations: float) -> float:
+        """The quantity so many standard deviations above its median."""
+        return self.value * math.exp(deviations * math.sqrt(self.variance))
+
+
+@dataclass
+class LinkState:
+    """A way between a client and a tier of the server, learned from transfers over it.
+
+    Args:
+        rate: Bytes a second.
+        rtt: Seconds from a request to the first byte of its answer.
+    """
+
+    rate: Level = field(default_factory=lambda: Level(125e6))
+    rtt: Level = field(default_factory=lambda: Level(0.002))
+
+    def observe(self, size_bytes: float, took_s: float, *, first_byte_s: float | None = None) -> None:
+        """Learn from a transfer.
+
+        Args:
+            size_bytes: Bytes that came.
+            took_s: From the request to the last byte.
+            first_byte_s: From the request to the first one, where that is known.
+        """
+        if not (0 < took_s < math.inf) or size_bytes < 0:
+            return
+        if first_byte_s is not None and 0 < first_byte_s <= took_s:
+            self.rtt.observe(first_byte_s)
+        elif size_bytes < _PROBE_BYTES:
+            self.rtt.observe(max(took_s - size_bytes / self.rate.value, took_s / 4))
+        if size_bytes >= _PROBE_BYTES:
+            waited_s = self.rtt.value if first_byte_s is None else first_byte_s
+            # A round trip that is not well known must not eat the whole transfer.
+            busy_s = max(took_s - waited_s, took_s / 4)
+            # What is left of the round trip's error weighs less, the longer the transfer is.
+            self.rate.observe(size_bytes / busy_s, _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2)
+
+    def report(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "bytes_per_s": self.rate.value,
+            "bytes_per_s_deviation": math.sqrt(self.rate.variance),
+            "rtt_s": self.rtt.value,
+            "transfers": self.rate.seen,
+        }
+
+
+@dataclass
+class DecodeSpeed:
+    """How much slower than its profile says a client decodes: what all arms have in common, and what each has alone.
+
+    Profiles are measured on some machine; a client may have another one, or a busy one.
+    """
+
+    common: Level = field(default_factory=lambda: Level(1.0, _SAME))
+    own: dict[str, Level] = field(default_factory=dict)
+
+    def observe(self, arm: str, expected_s: float, took_s: float) -> None:
+        """Learn from a decoding that was expected to take `expected_s`."""
+        if not (0 < took_s < math.inf and 0 < expected_s < math.inf):
+            return
+        alone = self.own.setdefault(arm, Level(1.0, _SAME / 4))
+        # First what says something of every arm, then what is left for this one.
+        self.common.observe(took_s / expected_s / alone.value, _NOISE + alone.variance)
+        alone.observe(took_s / expected_s / self.common.value, _NOISE + self.common.variance)
+
+    def factor(self, arm: str) -> float:
+        """What an expected time is to be multiplied by."""
+        alone = self.own.get(arm)
+        return self.common.value * (alone.value if alone is not None else 1.0)
+
+
+@dataclass
+class PrefillSpeed:
+    """Seconds that an engine takes to compute a prompt, by its length.
+
+    Steps are sorted into classes of length, an octave each: attention makes long prompts slower by the token than
+    short ones. Between classes that were seen, and beyond them, seconds a token are carried over.
+    """
+
+    by_length: dict[int, Level] = field(default_factory=dict)
+
+    def observe(self, tokens: int, took_s: float) -> None:
+        """Learn from a prefill."""
+        if tokens < 1 or not 0 < took_s < math.inf:
+            return
+        level = self.by_length.setdefault(_octave(tokens), Level(took_s / tokens))
+        level.observe(took_s / tokens)
+
+    def seconds(self, tokens: int) -> float | None:
+        """Expected seconds of a prefill; None while nothing was seen."""
+        if tokens < 1:
+            return 0.0
+        if not self.by_length:
+            return None
+        wanted = math.log2(tokens)
+        nearest = sorted(self.by_length, key=lambda octave: abs(octave + 0.5 - wanted))[:2]
+        if len(nearest) == 1 or (_octave(tokens) == nearest[0] and not _between(nearest, wanted)):
+            return tokens * self.by_length[nearest[0]].value
+        return tokens * _interpolated(wanted, nearest, [self.by_length[octave].value for octave in nearest])
+
+
+@dataclass
+class Load:
+    """How busy a server is: requests under way, smoothed over time.
+
+    Args:
+        half_life_s: Age at which what was seen counts half.
+    """
+
+    half_life_s: float = 2.0
+    value: float = 0.0
+    _seen_s: float | None = None
+
+    def observe(self, requests: float, now_s: float) -> None:
+        """Requests under way at a time."""
+        if self._seen_s is None:
+            self.value = requests
+        else:
+            kept = 0.5 ** (max(0.0, now_s - self._seen_s) / self.half_life_s)
+            self.value = kept * self.value + (1 - kept) * requests
+        self._seen_s = now_s
+
+
+def _octave(tokens: int) -> int:
+    return tokens.bit_length() - 1
+
+
+def _between(octaves: Sequence[int], wanted: float) -> bool:
+    low, high = sorted(octave + 0.5 for octave in octaves)
+    return low <= wanted <= high
+
+
+def _interpolated(wanted: float, octaves: Sequence[int], values: Sequence[float]) -> float:
+    """Logarithms between two points; beyond them the nearer one."""
+    (first, first_value), (second, second_value) = zip((octave + 0.5 for octave in octaves), values, strict=True)
+    share = min(max((wanted - first) / (second - first), 0.0), 1.0)
+    return float(first_value ** (1 - share) * second_value**share)

@@ -1,0 +1,176 @@
+"""How long transfers take, from what is known of their parts: the model that the bandit corrects.
+
+A fetch passes its chunks through stages that work at the same time: while one chunk is decoded the next one is on the
+wire. So stages do not add up; the slowest one sets the pace, and the others cost only what the first chunk takes to
+pass through them. Everything here is a pure function of numbers in seconds and bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What is transferred.
+
+    Args:
+        raw_bytes: Bytes of the exact cache.
+        coded_bytes: Bytes that are sent.
+        chunks: Into how many equal parts both are cut.
+    """
+
+    raw_bytes: float
+    coded_bytes: float
+    chunks: int
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise ValueError("a transfer has at least one chunk")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A way between a client and the server.
+
+    Args:
+        bytes_per_s: Rate of what is under way.
+        rtt_s: From a request to the first byte of an answer that is there already.
+        queue_s: Time that requests wait before anything is done for them.
+    """
+
+    bytes_per_s: float
+    rtt_s: float = 0.0
+    queue_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast the ends of a transfer are.
+
+    Args:
+        read_bytes_per_s: The tier that a fetch reads, of coded bytes.
+        read_rtt_s: Its time to the first byte.
+        device_bytes_per_s: From host memory to the device, of coded bytes; None where nothing is copied.
+        decode_s_per_gb: Seconds to decode a GB of exact cache.
+        encode_s_per_gb: Seconds to encode it.
+        ack_s: From the last byte of a put to its acknowledgement, at the durability that is asked for.
+    """
+
+    read_bytes_per_s: float = float("inf")
+    read_rtt_s: float = 0.0
+    device_bytes_per_s: float | None = None
+    decode_s_per_gb: float = 0.0
+    encode_s_per_gb: float = 0.0
+    ack_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """An expected time and what it is made of.
+
+    Args:
+        fixed: Seconds that pass once, by name.
+        stages: Seconds that each stage works in all, by name, in the order in which chunks pass them.
+        chunks: How many chunks pass them.
+    """
+
+    fixed: Mapping[str, float]
+    stages: Mapping[str, float]
+    chunks: int
+
+    @property
+    def first_chunk_s(self) -> float:
+        """Time that the first chunk takes to pass all stages."""
+        return sum(self.stages.values()) / self.chunks
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The slowest stage."""
+        return max(self.stages, key=lambda name: self.stages[name], default=None)
+
+    @property
+    def pipeline_s(self) -> float:
+        """Time from the first chunk's beginning to the last one's end."""
+        slowest = max(self.stages.values(), default=0.0) / self.chunks
+        return self.first_chunk_s + (self.chunks - 1) * slowest
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return sum(self.fixed.values()) + self.pipeline_s
+
+    def report(self) -> dict[str, Any]:
+        """As JSON, for people who ask why."""
+        return {
+            "total_s": self.total_s,
+            "fixed_s": dict(self.fixed),
+            "stages_s": dict(self.stages),
+            "chunks": self.chunks,
+            "first_chunk_s": self.first_chunk_s,
+            "pipeline_s": self.pipeline_s,
+            "bottleneck": self.bottleneck,
+        }
+
+
+def fetch_terms(volume: Volume, link: Link, rates: Rates) -> Terms:
+    """What a fetch takes until its cache is ready: queue, round trip, {tier read, wire, copy, decode} overlapped."""
+    stages = {
+        "read": volume.coded_bytes / rates.read_bytes_per_s,
+        "wire": volume.coded_bytes / link.bytes_per_s,
+        "copy": 0.0 if rates.device_bytes_per_s is None else volume.coded_bytes / rates.device_bytes_per_s,
+        "decode": volume.raw_bytes / GB * rates.decode_s_per_gb,
+    }
+    fixed = {"queue": link.queue_s, "rtt": link.rtt_s, "tier": rates.read_rtt_s}
+    return Terms(MappingProxyType(fixed), MappingProxyType(stages), volume.chunks)
+
+
+def put_terms(volume: Volume, link: Link, rates: Rates) -> Terms:
+    """What a put takes until it is acknowledged: queue, round trip, {encode, wire} overlapped, acknowledgement."""
+    stages = {
+        "encode": volume.raw_bytes / GB * rates.encode_s_per_gb,
+        "wire": volume.coded_bytes / link.bytes_per_s,
+    }
+    fixed = {"queue": link.queue_s, "rtt": link.rtt_s, "ack": rates.ack_s}
+    return Terms(MappingProxyType(fixed), MappingProxyType(stages), volume.chunks)
+
+
+def compute_terms(prefill_s: float) -> Terms:
+    """What computing takes instead of a fetch."""
+    return Terms(MappingProxyType({"prefill": prefill_s}), MappingProxyType({}), 1)
+
+
+def closed_loop_s(clients: int, service_s: float, think_s: float) -> float:
+    """Seconds from a request to its answer where some clients share one link and each asks again after a while.
+
+    Exact mean value analysis of one first-come queue (Reiser and Lavenberg, 1980): a client that comes finds what the
+    others would have there without it.
+
+    Args:
+        clients: How many.
+        service_s: Time that the link is busy with one request.
+        think_s: Time from an answer to the same client's next request.
+    """
+    waiting = answer_s = 0.0
+    for count in range(1, clients + 1):
+        answer_s = service_s * (1 + waiting)
+        waiting = count * answer_s / (answer_s + think_s) if answer_s + think_s else 0.0
+    return answer_s
+
+
+def makespan_s(times_s: Sequence[Sequence[float]]) -> float:
+    """Time until the last chunk has passed the last stage, where chunks differ: the max-plus recursion.
+
+    Args:
+        times_s: For every chunk, in their order, the seconds that each stage takes for it.
+    """
+    ends: list[float] = []
+    for chunk in times_s:
+        ends = ends or [0.0] * len(chunk)
+        before = 0.0
+        for stage, took_s in enumerate(chunk):
+            before = ends[stage] = max(ends[stage], before) + took_s
+    return ends[-1] if ends else 0.0
