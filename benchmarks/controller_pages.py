@@ -18,6 +18,10 @@ with the measured link and the wrong profile. No arm loses more than 0.01 nats."
 _CONTROLLERS_TEXT = """\
 **Lost** is the time beyond the oracle's; shares are of the oracle's time, over all requests and after the first 500."""
 
+_DECISION_TEXT = """\
+Levels of the set, the arms that are left of them within the budget (none beats them in bytes and decoding), and
+microseconds (99th percentile) to build their terms, draw and choose."""
+
 _PUBLISHED_TEXT = """\
 KVServe's published times against kvstore's latency model of the same settings: clients share a link, and each asks
 again some time after its answer. What the paper does not give is fitted: for each table the number of clients, the time
@@ -81,8 +85,8 @@ CONTROLLER_PAGES: Mapping[str, Page] = {
             ),
             "decision": RowTable(
                 "What a decision costs",
-                "Arms with their terms built, drawn and chosen among, in microseconds (99th percentile).",
-                (Column("arms", "arms"), Column("p99_us", "us (p99)", plain)),
+                _DECISION_TEXT,
+                (Column("levels", "levels"), Column("arms", "arms left"), Column("p99_us", "us (p99)", plain)),
             ),
         },
         _plot,

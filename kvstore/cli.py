@@ -112,15 +112,15 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         help="text of the kind that will be served; parts of it calibrate, are searched on and measure",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (profiles-MODEL)")
-    parser.add_argument("--budget", type=int, metavar="N", help="configurations to measure with the model (40)")
+    parser.add_argument("--budget", type=int, metavar="N", help="configurations to measure with the model (32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what to compute and to time on (cpu)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (one a core, or one on a GPU)")
     parser.add_argument("--buckets", type=int, metavar="N", nargs="+", help="prompt lengths, tokens (256 512 1536)")
-    parser.add_argument("--prompts", type=int, metavar="N", help="prompts of each length to search on (12)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="prompts of each length to search on (10)")
     parser.add_argument("--final-prompts", type=int, metavar="N", help="and to measure the profiles on (64)")
-    parser.add_argument("--pool", type=int, metavar="N", help="candidates to try without the model (320)")
-    parser.add_argument("--profiles", type=int, metavar="N", help="profiles to keep at most (16)")
+    parser.add_argument("--pool", type=int, metavar="N", help="candidates to try without the model (256)")
+    parser.add_argument("--profiles", type=int, metavar="N", help="profiles to keep at most (12)")
     parser.add_argument("--loss-max", type=float, metavar="NATS", help="largest quality loss of interest (0.3)")
     parser.add_argument(
         "--no-calibrated", dest="calibrated", action="store_false", help="only strategies that need no calibration"

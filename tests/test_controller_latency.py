@@ -1,5 +1,7 @@
 """The latency model: closed forms against the max-plus recursion, and against what anyone can work out by hand."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from kvstore.controller.latency import (
     Link,
     Rates,
+    Terms,
     Volume,
     closed_loop_s,
     compute_terms,
@@ -22,7 +25,7 @@ SECONDS = st.floats(0, 10)
 def test_equal_chunks_take_what_the_recursion_says(stages: list[float], chunks: int) -> None:
     volume = Volume(raw_bytes=4e9, coded_bytes=1e9, chunks=chunks)
     terms = fetch_terms(volume, Link(bytes_per_s=2e9), Rates(decode_s_per_gb=stages[0], read_bytes_per_s=5e9))
-    per_chunk = [seconds / chunks for seconds in terms.stages.values()]
+    per_chunk = [seconds / chunks for seconds in terms.stages]
     assert terms.pipeline_s == pytest.approx(makespan_s([per_chunk] * chunks))
 
 
@@ -45,7 +48,8 @@ def test_a_fetch_by_hand() -> None:
     link = Link(bytes_per_s=1e9, rtt_s=0.01, queue_s=0.02)
     rates = Rates(read_bytes_per_s=2e9, read_rtt_s=0.03, device_bytes_per_s=10e9, decode_s_per_gb=0.05)
     terms = fetch_terms(volume, link, rates)
-    assert terms.stages == {"read": 0.5, "wire": 1.0, "copy": 0.1, "decode": 0.4}
+    assert terms.stages == (0.5, 1.0, 0.1, 0.4)
+    assert terms.names.stages == ("read", "wire", "copy", "decode")
     assert terms.bottleneck == "wire"
     assert terms.first_chunk_s == pytest.approx(0.2)
     assert terms.pipeline_s == pytest.approx(0.2 + 9 * 0.1)
@@ -75,9 +79,17 @@ def test_more_chunks_overlap_more() -> None:
     assert times[-1] == pytest.approx(1.0, rel=0.02)
 
 
-def test_a_transfer_has_chunks() -> None:
-    with pytest.raises(ValueError, match="at least one chunk"):
-        Volume(1.0, 1.0, 0)
+def test_one_stage_may_be_slower() -> None:
+    terms = fetch_terms(Volume(1e9, 1e9, 4), Link(1e9), Rates(decode_s_per_gb=0.5))
+    slower = terms.slower("wire", 3.0)
+    assert slower == fetch_terms(Volume(1e9, 1e9, 4), Link(1e9 / 3), Rates(decode_s_per_gb=0.5))
+    assert (terms.stage_s("wire"), slower.stage_s("wire"), terms.stage_s("encode")) == (1.0, 3.0, 0.0)
+    assert compute_terms(1.0).slower("wire", 3.0) == compute_terms(1.0)
+
+
+def test_terms_come_back_from_their_json() -> None:
+    for terms in (fetch_terms(Volume(1e9, 2e8, 4), Link(1e9, 0.1), Rates()), compute_terms(1.0)):
+        assert Terms.of_report(json.loads(json.dumps(terms.report()))) == terms
 
 
 def test_clients_of_one_link_wait_for_one_another() -> None:

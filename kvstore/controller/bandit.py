@@ -9,18 +9,20 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 _DISCOUNT = 0.97
 """What an observation counts after the next one: some 33 of them are remembered."""
 _PRIOR_COUNT = 2.0
 """How many observations the prior mean counts as."""
 _PRIOR_SHAPE = 2.0
-_PRIOR_DEVIATION = 0.25
-"""Prior standard deviation of a logarithm: 28 % either way."""
+_PRIOR_DEVIATION = 0.12
+"""Prior standard deviation of a logarithm: the estimators know the rest."""
 _RESIDUAL_MAX = math.log(8)
 """Residuals count as no larger: what took a hundred times too long does not say that everything will."""
-_BAND = 3.0
+_FIRST_MAX = 0.7
+"""The first outcomes of an arm count as no farther from what was expected: a factor of two."""
+_BAND = 2.5
 """Standard deviations within which outcomes are expected."""
 _STRIKES = 3
 """So many outcomes in a row outside the band, on one side, and the posterior is given up."""
@@ -28,26 +30,25 @@ _COOLING = 16
 """Outcomes that the model alone is trusted for after that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Posterior:
+class Posterior(NamedTuple):
     """Of a log-residual: Normal-Gamma parameters.
 
     Args:
         mean: Of the mean.
-        count: Observations that the mean counts as.
+        weight: Observations that the mean counts as.
         shape: Of the Gamma distribution of the precision.
         rate: Of the same.
     """
 
     mean: float
-    count: float
+    weight: float
     shape: float
     rate: float
 
     @property
     def deviation(self) -> float:
         """Standard deviation of the next log-residual."""
-        variance = self.rate / self.shape * (1 + 1 / self.count)
+        variance = self.rate / self.shape * (1 + 1 / self.weight)
         return math.sqrt(variance)
 
 
@@ -105,28 +106,25 @@ class Bandit:
     known: dict[Hashable, dict[str, Residuals]] = field(default_factory=dict)
     given_up: int = 0
 
-    def sample(self, context: Hashable, arm: str, expected_s: float, prior_mean: float = 0.0) -> float:
-        """A time drawn from what is known of an arm; `expected_s` is what the model says.
+    def look(self, context: Hashable, arm: str, prior_mean: float = 0.0) -> tuple[float, float]:
+        """By what factor an arm is expected to take longer than the model says, and one drawn from what is known of it.
 
         Args:
             context: Whose posterior.
             arm: Whose.
-            expected_s: The model's time.
             prior_mean: Log-residual that others have seen.
         """
-        held = self._held(context, arm)
-        if held is not None and held.cooling:
-            return expected_s
-        found = (held or Residuals()).posterior(prior_mean)
-        precision = self.random.gammavariate(found.shape, 1 / found.rate)
-        return expected_s * math.exp(self.random.gauss(found.mean, 1 / math.sqrt(found.count * precision)))
-
-    def mean_s(self, context: Hashable, arm: str, expected_s: float, prior_mean: float = 0.0) -> float:
-        """The time that is expected of an arm, without chance."""
-        held = self._held(context, arm)
-        if held is not None and held.cooling:
-            return expected_s
-        return expected_s * math.exp((held or Residuals()).posterior(prior_mean).mean)
+        arms = self.known.get(context)
+        held = _NOTHING if arms is None else arms.get(arm, _NOTHING)
+        if held.cooling:
+            return 1.0, 1.0
+        found = held.posterior(prior_mean)
+        gauss = self.random.gauss
+        # Precision is Gamma distributed; its cube root is nearly normal (Wilson and Hilferty, 1931).
+        spread = 1 / (9 * found.shape)
+        precision = found.shape / found.rate * max(1 - spread + math.sqrt(spread) * gauss(0.0, 1.0), 0.1) ** 3
+        drawn = found.mean + gauss(0.0, 1.0) / math.sqrt(found.weight * precision)
+        return math.exp(found.mean), math.exp(min(max(drawn, -_RESIDUAL_MAX), _RESIDUAL_MAX))
 
     def observe(self, context: Hashable, arm: str, expected_s: float, took_s: float, prior_mean: float = 0.0) -> None:
         """Learn from an outcome; times that are no positive numbers tell nothing."""
@@ -145,12 +143,17 @@ class Bandit:
             return
         posterior = held.posterior(prior_mean)
         distance = (residual - posterior.mean) / posterior.deviation
-        if held.weight <= _PRIOR_COUNT or abs(distance) <= _BAND:
+        if held.weight < _PRIOR_COUNT:
+            # There is no band yet to leave; one outcome alone is not taken at its word all the same.
+            held.add(posterior.mean + min(max(residual - posterior.mean, -_FIRST_MAX), _FIRST_MAX))
+            return
+        if abs(distance) <= _BAND:
             held.strikes = 0
             held.add(residual)
             return
         # One outcome outside the band may have waited for something; some in a row say that the band is wrong.
         side = 1 if distance > 0 else -1
+        held.add(posterior.mean + side * _BAND * posterior.deviation)
         held.strikes = held.strikes + side if held.strikes * side > 0 else side
         if abs(held.strikes) >= _STRIKES:
             # What was learned does not hold any more: back to the model, until there is enough to learn from again.
@@ -174,6 +177,5 @@ class Bandit:
             arms = self.known.setdefault(context, {})
             arms[arm] = arms[arm].merged(found) if arm in arms else found
 
-    def _held(self, context: Hashable, arm: str) -> Residuals | None:
-        arms = self.known.get(context)
-        return None if arms is None else arms.get(arm)
+
+_NOTHING = Residuals()

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from kvstore.controller.bandit import Bandit
-from kvstore.controller.policy import Arm, Budgeted, Choice, Policy, Prospect, Wish
+from kvstore.controller.policy import RECOMPUTE, Arm, Budgeted, Choice, Policy, Prospect, Wish
 
 _PENDING_MAX = 1 << 14
 _PENDING_S = 600.0
@@ -121,14 +121,28 @@ class Controller:
         # Which clients have seen an arm in a shared situation, by what the bandit calls them.
         self._voters: dict[tuple[tuple[str, int, int], str], dict[Situation, None]] = {}
 
-    def decide(self, situation: Situation, arms: Sequence[Arm], wish: Wish) -> Decision:
+    def decide(
+        self, situation: Situation, arms: Sequence[Arm], wish: Wish, *, wire: float = 1.0, hope: float = 1.0
+    ) -> Decision:
         """Choose among arms.
+
+        Args:
+            situation: What the outcome will be learned by.
+            arms: With their expected terms.
+            wish: What the request asks.
+            wire: How much slower the wire is drawn than expected, from what is known of the link; the same for all
+                arms.
+            hope: How much slower it may be, below 1, where little is known of it. Who computes finds out nothing of
+                the link, so that is only done where a fetch would not pay even then.
 
         Raises:
             ValueError: No arm is within the budget.
         """
-        prospects = [self._prospect(situation, arm) for arm in arms]
+        prospects = [self._prospect(situation, arm, wire) for arm in arms]
         choice = self.policy.choose(prospects, wish)
+        if choice.arm.name == RECOMPUTE and hope < min(wire, 1.0):
+            prospects = [self._prospect(situation, arm, hope) for arm in arms]
+            choice = self.policy.choose(prospects, wish)
         # A number that cannot be guessed: reports are taken from whoever knows it.
         number = self.random.getrandbits(63)
         decision = Decision(number, situation, wish, choice, self.clock())
@@ -178,17 +192,20 @@ class Controller:
             self.bandit.restore([{**record, "context": situation}])
             self._voters.setdefault((situation.shared, str(record["arm"])), {})[situation] = None
 
-    def _prospect(self, situation: Situation, arm: Arm) -> Prospect:
-        expected_s, prior = arm.terms.total_s, self._prior(situation, arm.name)
-        mean_s = self.bandit.mean_s(situation, arm.name, expected_s, prior)
-        drawn_s = self.bandit.sample(situation, arm.name, expected_s, prior) if self.explores else mean_s
-        return Prospect(arm, mean_s, drawn_s)
+    def _prospect(self, situation: Situation, arm: Arm, wire: float) -> Prospect:
+        expected_s = arm.terms.total_s
+        mean, drawn = self.bandit.look(situation, arm.name, self._prior(situation, arm.name))
+        if not self.explores:
+            return Prospect(arm, mean * expected_s, mean * expected_s)
+        return Prospect(arm, mean * expected_s, drawn * arm.terms.slower("wire", wire).total_s)
 
     def _prior(self, situation: Situation, arm: str) -> float:
         """Log-residual that other clients have seen: the median of theirs."""
-        voters = self._voters.get((situation.shared, arm), {})
+        voters = self._voters.get((situation.shared, arm))
+        if voters is None or len(voters) < _VOTES_MIN:
+            return 0.0
         votes = [
-            math.log(self.bandit.mean_s(other, arm, 1.0))
+            math.log(self.bandit.look(other, arm)[0])
             for other in voters
             if (other.tenant, other.link) != (situation.tenant, situation.link) and other in self.bandit.known
         ]

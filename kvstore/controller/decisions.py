@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from kvstore.controller.controller import Decision
@@ -142,11 +141,5 @@ def _recorded(record: Mapping[str, Any]) -> Recorded:
 
 def _prospects(records: Iterable[Mapping[str, Any]]) -> Iterator[Prospect]:
     for one in records:
-        terms = Terms(
-            MappingProxyType({name: float(value) for name, value in one["terms"]["fixed_s"].items()}),
-            MappingProxyType({name: float(value) for name, value in one["terms"]["stages_s"].items()}),
-            int(one["terms"]["chunks"]),
-        )
-        yield Prospect(
-            Arm(str(one["arm"]), float(one["loss_nats"]), terms), float(one["mean_s"]), float(one["drawn_s"])
-        )
+        arm = Arm(str(one["arm"]), float(one["loss_nats"]), Terms.of_report(one["terms"]))
+        yield Prospect(arm, float(one["mean_s"]), float(one["drawn_s"]))

@@ -1,27 +1,34 @@
 """What links and engines are like now, learned from transfers and steps as they happen.
 
 Rates drift and single observations lie: a transfer may have waited for something that has nothing to do with its link.
-So each quantity is the logarithm of a rate that wanders (a local level model), an observation that lies far from what
-is expected moves it only so far, and the next one that agrees with it moves it all the way.
+So each quantity is the logarithm of a rate that wanders (a local level model); an observation far from what is expected
+moves it only so far, and leaves such doubt that the next one decides.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 _WANDER = 0.03
 """Variance that a logarithm gains before each observation: 17 % either way."""
-_NOISE = 0.02
-"""Variance of one good observation: 14 % either way."""
-_CLIP = 2.5
-"""Standard deviations beyond which an observation counts as no farther away."""
-_AGREEING = 2
-"""After so many surprises in a row on the same side the quantity has changed: what was known counts for little."""
+_NOISE = 0.015
+"""Variance of one good observation: 12 % either way."""
+_BOUND = 2.5
+"""Standard deviations within which observations are expected."""
+_LEAP_MAX = math.log(4)
+"""One unexpected observation moves a logarithm no farther."""
 _UNKNOWN = 4.0
 """Variance of what nobody has seen yet: a factor of seven either way."""
 _SAME = 0.25
 """Variance of what is expected to be as it was measured elsewhere: a factor of 1.6 either way."""
+_DECODE_NOISE = 0.1
+"""Variance of what one arm's decoding says of all arms': each has something of its own."""
+_OWN_WEIGHT, _OWN_REST, _FADING = 0.2, 0.5, 0.995
+"""Of an arm's own share of how slow decoding is: weight of an observation, its bound, and what others' leave of it."""
+_DOUBT = 0.06
+"""Variance beyond which a quantity counts as little known: some transfers were missed, or one was a surprise."""
 _LOG_MAX = 300.0
 """Logarithms go no farther, so that absurd reports stay numbers."""
 _PROBE_BYTES = 1 << 16
@@ -40,7 +47,6 @@ class Level:
     value: float
     variance: float = _UNKNOWN
     seen: int = 0
-    _surprises: int = 0
 
     def observe(self, found: float, noise: float = _NOISE) -> None:
         """Learn from an observation.
@@ -53,21 +59,32 @@ class Level:
             return
         self.variance = min(self.variance + _WANDER, _UNKNOWN)
         surprise = math.log(found) - math.log(self.value)
-        bound = _CLIP * math.sqrt(self.variance + noise)
-        if abs(surprise) > bound:
-            side = 1 if surprise > 0 else -1
-            self._surprises = self._surprises + side if self._surprises * side > 0 else side
-            if abs(self._surprises) >= _AGREEING:
-                self.variance = max(self.variance, surprise**2)
-                self._surprises = 0
-            else:
-                surprise = math.copysign(bound, surprise)
-        else:
-            self._surprises = 0
-        gain = self.variance / (self.variance + noise)
-        self.value = math.exp(min(max(math.log(self.value) + gain * surprise, -_LOG_MAX), _LOG_MAX))
-        self.variance *= 1 - gain
         self.seen += 1
+        if abs(surprise) > _BOUND * math.sqrt(self.variance + noise):
+            # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
+            moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
+            self.variance = max(self.variance, min(surprise**2 / 4, _UNKNOWN))
+        else:
+            gain = self.variance / (self.variance + noise)
+            moved = gain * surprise
+            self.variance *= 1 - gain
+        self.value = math.exp(min(max(math.log(self.value) + moved, -_LOG_MAX), _LOG_MAX))
+
+    def age(self) -> None:
+        """Time has passed without an observation: it may have become anything nearby."""
+        self.variance = min(self.variance + _WANDER, _UNKNOWN)
+
+    def drawn(self, random: Random) -> float:
+        """A value drawn from what is known."""
+        return self.quantile(random.gauss(0.0, 1.0))
+
+    @property
+    def hoped(self) -> float:
+        """What it may be where little is known of it, else its median.
+
+        What is not used tells nothing of itself: one that is taken for small by mistake would never be found out.
+        """
+        return self.quantile(1.0) if self.variance > _DOUBT else self.value
 
     def quantile(self, deviations: float) -> float:
         """The quantity so many standard deviations above its median."""
@@ -125,21 +142,24 @@ class DecodeSpeed:
     """
 
     common: Level = field(default_factory=lambda: Level(1.0, _SAME))
-    own: dict[str, Level] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    """Logarithms, which fade while other arms are used: nobody finds out that an unused arm is better than thought."""
 
     def observe(self, arm: str, expected_s: float, took_s: float) -> None:
         """Learn from a decoding that was expected to take `expected_s`."""
         if not (0 < took_s < math.inf and 0 < expected_s < math.inf):
             return
-        alone = self.own.setdefault(arm, Level(1.0, _SAME / 4))
+        alone = self.own.get(arm, 0.0)
         # First what says something of every arm, then what is left for this one.
-        self.common.observe(took_s / expected_s / alone.value, _NOISE + alone.variance)
-        alone.observe(took_s / expected_s / self.common.value, _NOISE + self.common.variance)
+        self.common.observe(took_s / expected_s * math.exp(-alone), _DECODE_NOISE)
+        rest = math.log(took_s) - math.log(expected_s) - math.log(self.common.value) - alone
+        for other in self.own:
+            self.own[other] *= _FADING
+        self.own[arm] = alone + _OWN_WEIGHT * min(max(rest, -_OWN_REST), _OWN_REST)
 
     def factor(self, arm: str) -> float:
         """What an expected time is to be multiplied by."""
-        alone = self.own.get(arm)
-        return self.common.value * (alone.value if alone is not None else 1.0)
+        return self.common.value * math.exp(self.own.get(arm, 0.0))
 
 
 @dataclass

@@ -5,35 +5,27 @@ wire. So stages do not add up; the slowest one sets the pace, and the others cos
 pass through them. Everything here is a pure function of numbers in seconds and bytes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 GB = 1e9
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
+class Volume(NamedTuple):
     """What is transferred.
 
     Args:
         raw_bytes: Bytes of the exact cache.
         coded_bytes: Bytes that are sent.
-        chunks: Into how many equal parts both are cut.
+        chunks: Into how many equal parts both are cut, at least one.
     """
 
     raw_bytes: float
     coded_bytes: float
     chunks: int
 
-    def __post_init__(self) -> None:
-        if self.chunks < 1:
-            raise ValueError("a transfer has at least one chunk")
 
-
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """A way between a client and the server.
 
     Args:
@@ -47,14 +39,13 @@ class Link:
     queue_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """How fast the ends of a transfer are.
 
     Args:
         read_bytes_per_s: The tier that a fetch reads, of coded bytes.
         read_rtt_s: Its time to the first byte.
-        device_bytes_per_s: From host memory to the device, of coded bytes; None where nothing is copied.
+        device_bytes_per_s: From host memory to the device, of coded bytes; infinite where nothing is copied.
         decode_s_per_gb: Seconds to decode a GB of exact cache.
         encode_s_per_gb: Seconds to encode it.
         ack_s: From the last byte of a put to its acknowledgement, at the durability that is asked for.
@@ -62,85 +53,119 @@ class Rates:
 
     read_bytes_per_s: float = float("inf")
     read_rtt_s: float = 0.0
-    device_bytes_per_s: float | None = None
+    device_bytes_per_s: float = float("inf")
     decode_s_per_gb: float = 0.0
     encode_s_per_gb: float = 0.0
     ack_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """An expected time and what it is made of.
+class Names(NamedTuple):
+    """What the numbers of `Terms` are."""
+
+    fixed: tuple[str, ...]
+    stages: tuple[str, ...]
+
+
+FETCH = Names(("queue", "rtt", "tier"), ("read", "wire", "copy", "decode"))
+PUT = Names(("queue", "rtt", "ack"), ("encode", "wire"))
+COMPUTE = Names(("prefill",), ())
+
+
+class Terms(NamedTuple):
+    """An expected time and what it is made of. One is made for every arm of every decision, so it is a bare tuple.
 
     Args:
-        fixed: Seconds that pass once, by name.
-        stages: Seconds that each stage works in all, by name, in the order in which chunks pass them.
+        names: What the numbers are.
+        fixed: Seconds that pass once.
+        stages: Seconds that each stage works in all, in the order in which chunks pass them.
         chunks: How many chunks pass them.
     """
 
-    fixed: Mapping[str, float]
-    stages: Mapping[str, float]
+    names: Names
+    fixed: tuple[float, ...]
+    stages: tuple[float, ...]
     chunks: int
 
     @property
     def first_chunk_s(self) -> float:
         """Time that the first chunk takes to pass all stages."""
-        return sum(self.stages.values()) / self.chunks
+        return sum(self.stages) / self.chunks
 
     @property
     def bottleneck(self) -> str | None:
         """The slowest stage."""
-        return max(self.stages, key=lambda name: self.stages[name], default=None)
+        return self.names.stages[self.stages.index(max(self.stages))] if self.stages else None
 
     @property
     def pipeline_s(self) -> float:
         """Time from the first chunk's beginning to the last one's end."""
-        slowest = max(self.stages.values(), default=0.0) / self.chunks
-        return self.first_chunk_s + (self.chunks - 1) * slowest
+        if not self.stages:
+            return 0.0
+        return (sum(self.stages) + (self.chunks - 1) * max(self.stages)) / self.chunks
 
     @property
     def total_s(self) -> float:
         """All of it."""
-        return sum(self.fixed.values()) + self.pipeline_s
+        return sum(self.fixed) + self.pipeline_s
+
+    def slower(self, stage: str, factor: float) -> "Terms":
+        """The same with one stage so many times slower; unchanged where there is no such stage."""
+        if factor == 1.0 or stage not in self.names.stages:
+            return self
+        at = self.names.stages.index(stage)
+        stages = (*self.stages[:at], factor * self.stages[at], *self.stages[at + 1 :])
+        return Terms(self.names, self.fixed, stages, self.chunks)
+
+    def stage_s(self, stage: str) -> float:
+        """Seconds that a stage works; 0 where there is no such one."""
+        return self.stages[self.names.stages.index(stage)] if stage in self.names.stages else 0.0
 
     def report(self) -> dict[str, Any]:
-        """As JSON, for people who ask why."""
+        """As JSON, for people who ask why; `of_report` undoes it."""
         return {
             "total_s": self.total_s,
-            "fixed_s": dict(self.fixed),
-            "stages_s": dict(self.stages),
+            "fixed_s": dict(zip(self.names.fixed, self.fixed, strict=True)),
+            "stages_s": dict(zip(self.names.stages, self.stages, strict=True)),
             "chunks": self.chunks,
             "first_chunk_s": self.first_chunk_s,
             "pipeline_s": self.pipeline_s,
             "bottleneck": self.bottleneck,
         }
 
+    @classmethod
+    def of_report(cls, report: Any) -> "Terms":
+        """From its JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: It is no such JSON.
+        """
+        fixed, stages = report["fixed_s"], report["stages_s"]
+        names = Names(tuple(fixed), tuple(stages))
+        once, worked = (tuple(float(one) for one in part.values()) for part in (fixed, stages))
+        return cls(names, once, worked, max(1, int(report["chunks"])))
+
 
 def fetch_terms(volume: Volume, link: Link, rates: Rates) -> Terms:
     """What a fetch takes until its cache is ready: queue, round trip, {tier read, wire, copy, decode} overlapped."""
-    stages = {
-        "read": volume.coded_bytes / rates.read_bytes_per_s,
-        "wire": volume.coded_bytes / link.bytes_per_s,
-        "copy": 0.0 if rates.device_bytes_per_s is None else volume.coded_bytes / rates.device_bytes_per_s,
-        "decode": volume.raw_bytes / GB * rates.decode_s_per_gb,
-    }
-    fixed = {"queue": link.queue_s, "rtt": link.rtt_s, "tier": rates.read_rtt_s}
-    return Terms(MappingProxyType(fixed), MappingProxyType(stages), volume.chunks)
+    coded_bytes = volume.coded_bytes
+    stages = (
+        coded_bytes / rates.read_bytes_per_s,
+        coded_bytes / link.bytes_per_s,
+        coded_bytes / rates.device_bytes_per_s,
+        volume.raw_bytes / GB * rates.decode_s_per_gb,
+    )
+    return Terms(FETCH, (link.queue_s, link.rtt_s, rates.read_rtt_s), stages, volume.chunks)
 
 
 def put_terms(volume: Volume, link: Link, rates: Rates) -> Terms:
     """What a put takes until it is acknowledged: queue, round trip, {encode, wire} overlapped, acknowledgement."""
-    stages = {
-        "encode": volume.raw_bytes / GB * rates.encode_s_per_gb,
-        "wire": volume.coded_bytes / link.bytes_per_s,
-    }
-    fixed = {"queue": link.queue_s, "rtt": link.rtt_s, "ack": rates.ack_s}
-    return Terms(MappingProxyType(fixed), MappingProxyType(stages), volume.chunks)
+    stages = (volume.raw_bytes / GB * rates.encode_s_per_gb, volume.coded_bytes / link.bytes_per_s)
+    return Terms(PUT, (link.queue_s, link.rtt_s, rates.ack_s), stages, volume.chunks)
 
 
 def compute_terms(prefill_s: float) -> Terms:
     """What computing takes instead of a fetch."""
-    return Terms(MappingProxyType({"prefill": prefill_s}), MappingProxyType({}), 1)
+    return Terms(COMPUTE, (prefill_s,), (), 1)
 
 
 def closed_loop_s(clients: int, service_s: float, think_s: float) -> float:

@@ -4,9 +4,8 @@ Pure: everything comes in as arguments, so that a recorded decision can be made 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 from kvstore.controller.latency import Terms
 
@@ -16,8 +15,7 @@ RECOMPUTE = "recompute"
 """The arm that computes what could be fetched."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
+class Arm(NamedTuple):
     """One way to come by a cache.
 
     Args:
@@ -31,8 +29,7 @@ class Arm:
     terms: Terms
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What a request asks of its cache.
 
     Args:
@@ -44,8 +41,7 @@ class Wish:
     deadline_s: float = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
+class Prospect(NamedTuple):
     """An arm with the times that are expected of it.
 
     Args:
@@ -59,8 +55,7 @@ class Prospect:
     drawn_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What was chosen, and why.
 
     Args:
@@ -74,6 +69,41 @@ class Choice:
     reason: str
     prospects: tuple[Prospect, ...]
     refused: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """A level of a profile, as measured.
+
+    Args:
+        name: What its arm is called.
+        ratio: Bytes of the exact cache in those that are sent.
+        decode_s_per_gb: Seconds to decode a GB of exact cache.
+        loss_nats: Quality loss on prompts of the length and kind at hand; infinite where nobody has measured it.
+    """
+
+    name: str
+    ratio: float
+    decode_s_per_gb: float
+    loss_nats: float
+
+
+def undominated(levels: Iterable[Measured], budget_nats: float, *, hurried: bool) -> list[Measured]:
+    """The levels within a budget that are the best choice somewhere; the others need not be looked at, nor tried.
+
+    Args:
+        levels: All there are.
+        budget_nats: Largest quality loss.
+        hurried: Whether only time counts. Where a deadline leaves room for quality, less loss is worth something too.
+    """
+    within = sorted((one for one in levels if one.loss_nats <= budget_nats), key=lambda one: -one.ratio)
+    kept: list[Measured] = []
+    for one in within:
+        if not any(
+            other.decode_s_per_gb <= one.decode_s_per_gb and (hurried or other.loss_nats <= one.loss_nats)
+            for other in kept
+        ):
+            kept.append(one)
+    return kept
 
 
 class Policy(Protocol):

@@ -37,16 +37,16 @@ class Options:
     model: Path
     texts: tuple[Path, ...]
     out: Path
-    budget: int = 40
+    budget: int = 32
     device: str = "cpu"
     resume: bool = False
     jobs: int | None = None
     buckets: tuple[int, ...] = (256, 512, 1536)
-    prompts: int = 12
+    prompts: int = 10
     final_prompts: int = 64
-    pool: int = 320
+    pool: int = 256
     fresh: int = 12
-    profiles: int = 16
+    profiles: int = 12
     loss_max: float = 0.3
     calibrated: bool = True
     token_ids: bool = True

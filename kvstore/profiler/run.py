@@ -37,6 +37,8 @@ _STALL_SHARE = 0.002
 _STALL_RUNS = 14
 _SEED_STEP = 1000
 _SLOW_SHARE = 0.95
+_BATCH = 2
+"""Configurations for each process between two choices, which take as long as a measurement or two."""
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +251,7 @@ class Run:
                     if configuration not in found.outcomes and configuration not in found.infeasible:
                         search.add(configuration, found.trials[configuration])
             self._say(found)
-            batch = search.ask(min(workers.jobs, options.budget - done))
+            batch = search.ask(min(_BATCH * workers.jobs, options.budget - done))
             if not batch:
                 return
             for configuration, result in workers.measure("outcome", batch):
