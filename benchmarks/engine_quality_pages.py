@@ -63,7 +63,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     right.set_yscale("log")
     right.set_xlabel("ratio")
     right.set_ylabel("KL, nats")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     for panel in (left, right):
         panel.grid(linewidth=0.3)
     save_figure(figure, path)

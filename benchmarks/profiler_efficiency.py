@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     args = parser.parse_args(argv)
     grid = read_grid(args.grid, every=40 if args.quick else 1)
-    budget = max(_START + 2, 2 * len(grid.configurations) // 50) if not args.quick else _START + 2
+    budget = max(_START + 2, 3 * len(grid.configurations) // 100) if not args.quick else _START + 2
     rows, aims = compare(grid, budget, args.seed, args.jobs, seeds_max=2 if args.quick else None)
     packages = ("torch", "botorch", "gpytorch", "scikit-learn")
     write_result(NAME, rows, aims, args.seed, packages=packages, out=output_path(NAME, args))
@@ -127,7 +127,6 @@ def compare(
             "reference_ratio": grid.reference[0],
             "reference_decode_s_per_gb": grid.reference[1],
             "reference_kl_nats": grid.reference[2],
-            "prompts": 64,
         }
     ]
     for name, curves in shares.items():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.profiler_grid --model PATH --calibration FILE
 
-It takes hours and goes on where it was stopped. Quality does not depend on what else the machine does; times do, so
-they are taken in a second pass, one process alone (`--times`).
+It takes an hour and goes on where it was stopped. Quality does not depend on what else the machine does; times do, so
+they are taken in a second pass (`--times`), with nothing else on the machine.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Journal(GRID, card, resume=True) as journal:
         known = {configuration_of(space, record) for record in journal.of(kind)}
         left = [configuration for configuration in grid(space) if configuration not in known]
-        with _bar() as bar, Workers(task, 1 if args.times else args.jobs) as workers:
+        with _bar() as bar, Workers(task, args.jobs) as workers:
             shown = bar.add_task(kind, total=len(left) + len(known), completed=len(known))
             for configuration, result in workers.measure(kind, left):
                 journal.append({"kind": kind, "values": dict(configuration.values), **_result(result)})
