@@ -8,12 +8,13 @@ from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, s
 
 _TEXT = """\
 Every configuration of a grid was measured once: encoded with all its levels, the model run behind each of them on 12
-prompts of 512 tokens, decode times taken by a process for each core, with nothing else on the machine (`benchmarks/results/profiler_grid.jsonl`).
-Searchers are charged for each configuration whose quality they ask for. *kvstore* is the profiler's own search; it
-knows ratio, decode time and the two errors of every candidate, which needs no model run. *kvserve* is the search of
-KVServe's published code: it knows every ratio, models accuracy (here `100 exp(-KL)`) with one Gaussian process, and
-looks for the largest ratio within three points; it stops by its own rule. *random* draws without replacement. *greedy*
-knows everything, and takes each time the configuration that adds most: no searcher can do much better."""
+prompts of 512 tokens, decode times taken by a process for each core, with nothing else on the machine
+(`benchmarks/results/profiler_grid.jsonl`). Searchers are charged for each configuration whose quality they ask for.
+*kvstore* is the profiler's own search; it knows ratio, decode time and the two errors of every candidate, which needs
+no model run. *kvserve* is the search of KVServe's published code: it knows every ratio, models accuracy (here `100
+exp(-KL)`) with one Gaussian process, and looks for the largest ratio within three points; it stops by its own rule.
+*random* draws without replacement. *greedy* knows everything, and takes each time the configuration that adds most:
+no searcher can do much better."""
 
 _NEEDED_TEXT = """\
 **Evaluations** are those after which the hypervolume of what was found reaches 99 % of that of the whole grid (median
