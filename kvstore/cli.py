@@ -120,7 +120,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, metavar="N", help="prompts of each length to search on (10)")
     parser.add_argument("--final-prompts", type=int, metavar="N", help="and to measure the profiles on (64)")
     parser.add_argument("--pool", type=int, metavar="N", help="candidates to try without the model (256)")
-    parser.add_argument("--profiles", type=int, metavar="N", help="profiles to keep at most (12)")
+    parser.add_argument("--profiles", type=int, metavar="N", help="profiles to keep at most (10)")
     parser.add_argument("--loss-max", type=float, metavar="NATS", help="largest quality loss of interest (0.3)")
     parser.add_argument(
         "--no-calibrated", dest="calibrated", action="store_false", help="only strategies that need no calibration"

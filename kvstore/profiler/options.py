@@ -46,7 +46,7 @@ class Options:
     final_prompts: int = 64
     pool: int = 256
     fresh: int = 12
-    profiles: int = 12
+    profiles: int = 10
     loss_max: float = 0.3
     calibrated: bool = True
     token_ids: bool = True
