@@ -39,7 +39,17 @@ def test_wire_runs(tmp_path: Path) -> None:
     assert len(result["aims"]) == 10
 
 
-@pytest.mark.parametrize(("name", "aims"), [("rate_distortion", 2), ("quality", 8), ("codec_speed", 4), ("tiers", 5)])
+@pytest.mark.parametrize(
+    ("name", "aims"),
+    [
+        ("rate_distortion", 2),
+        ("quality", 8),
+        ("codec_speed", 4),
+        ("tiers", 5),
+        ("controller_regret", 3),
+        ("published_settings", 2),
+    ],
+)
 def test_benchmarks_run(name: str, aims: int, tmp_path: Path) -> None:
     out = tmp_path / f"{name}.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out)]

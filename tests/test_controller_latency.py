@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.controller.latency import (
+    FETCH,
     Link,
     Rates,
     Terms,
@@ -21,10 +22,9 @@ from kvstore.controller.latency import (
 SECONDS = st.floats(0, 10)
 
 
-@given(st.lists(SECONDS, min_size=1, max_size=5), st.integers(1, 40))
-def test_equal_chunks_take_what_the_recursion_says(stages: list[float], chunks: int) -> None:
-    volume = Volume(raw_bytes=4e9, coded_bytes=1e9, chunks=chunks)
-    terms = fetch_terms(volume, Link(bytes_per_s=2e9), Rates(decode_s_per_gb=stages[0], read_bytes_per_s=5e9))
+@given(st.tuples(SECONDS, SECONDS, SECONDS, SECONDS), st.integers(1, 40))
+def test_equal_chunks_take_what_the_recursion_says(stages: tuple[float, ...], chunks: int) -> None:
+    terms = Terms(FETCH, (0.0, 0.0, 0.0), stages, chunks)
     per_chunk = [seconds / chunks for seconds in terms.stages]
     assert terms.pipeline_s == pytest.approx(makespan_s([per_chunk] * chunks))
 

@@ -3,6 +3,7 @@
 import json
 import math
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.controller.bandit import Bandit, Residuals
 from kvstore.controller.estimators import DecodeSpeed, Level, LinkState, Load, PrefillSpeed
+from kvstore.controller.votes import Votes
 
 CONTEXT = ("tenant", "link", "host", 24, 0)
 
@@ -85,6 +87,25 @@ def test_a_first_byte_that_is_known_tells_the_round_trip() -> None:
         link.observe(1e7, 0.5 + 0.1, first_byte_s=0.1)
     assert link.rtt.value == pytest.approx(0.1, rel=0.05)
     assert link.rate.value == pytest.approx(2e7, rel=0.05)
+
+
+@pytest.mark.parametrize("first_byte_s", [-1.0, 0.0, 1e200, math.nan, math.inf])
+def test_a_first_byte_that_cannot_be_is_not_believed(first_byte_s: float) -> None:
+    link = LinkState()
+    for _ in range(10):
+        link.observe(1e7, 0.1, first_byte_s=first_byte_s)
+    assert link.rate.value == pytest.approx(1e8, rel=0.1)
+    assert link.rtt.seen == 0
+
+
+def test_prefill_between_lengths_is_not_that_of_the_nearest_two() -> None:
+    speed = PrefillSpeed()
+    for tokens, token_s in ((700, 1e-3), (1400, 1e-3), (45_000, 4e-3)):
+        for _ in range(5):
+            speed.observe(tokens, tokens * token_s)
+    found = speed.seconds(8000)
+    assert found is not None
+    assert 1.5e-3 < found / 8000 < 3e-3
 
 
 def test_prefill_is_known_by_length() -> None:
@@ -163,7 +184,7 @@ def test_times_that_are_none_tell_nothing(took_s: float) -> None:
     bandit = Bandit(Random(0))
     bandit.observe(CONTEXT, "a", 1.0, took_s)
     bandit.observe(CONTEXT, "a", took_s, 1.0)
-    assert not bandit.known
+    assert not bandit.contexts
 
 
 def test_one_absurd_outcome_counts_as_a_large_one() -> None:
@@ -183,9 +204,10 @@ def test_what_two_servers_saw_can_be_added() -> None:
         parts[number % 2].observe(CONTEXT, "a", 1.0, took_s)
     joined = Bandit(Random(0))
     for part in parts:
-        joined.restore(json.loads(json.dumps(part.save())))
+        for record in json.loads(json.dumps(part.save())):
+            joined.restore(tuple(record["context"]), record["arm"], Residuals.of_record(record))
     assert joined.look(CONTEXT, "a")[0] == pytest.approx(whole.look(CONTEXT, "a")[0], rel=0.1)
-    assert joined.known.keys() == whole.known.keys()
+    assert joined.contexts == whole.contexts
 
 
 def test_contexts_are_bounded() -> None:
@@ -194,7 +216,79 @@ def test_contexts_are_bounded() -> None:
         bandit.observe((number,), "a", 1.0, 2.0)
         bandit.observe((0,), "a", 1.0, 2.0)
     # The context that is used all the time stays.
-    assert list(bandit.known) == [(3,), (4,), (0,)]
+    assert bandit.contexts == [(3,), (4,), (0,)]
+
+
+def test_an_arm_that_is_not_tried_for_long_may_have_changed() -> None:
+    bandit = Bandit(Random(0))
+    for _ in range(10):
+        bandit.observe(CONTEXT, "a", 1.0, 2.0)
+    before = bandit.look(CONTEXT, "a")[0]
+    for _ in range(3000):
+        bandit.observe(CONTEXT, "b", 1.0, 1.0)
+    assert before > 1.6
+    assert bandit.look(CONTEXT, "a")[0] < 1.1
+
+
+def test_sums_that_are_shared_again_and_again_count_once() -> None:
+    held = Residuals()
+    for _ in range(100):
+        held.add(0.5)
+    merged = held
+    for _ in range(10):
+        merged = merged.merged(held)
+    assert merged.weight == pytest.approx(held.weight, rel=0.1)
+    assert merged.posterior().mean == pytest.approx(held.posterior().mean, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": -1.0},
+        {"weight": 1e9},
+        {"weight": math.nan},
+        {"total": math.nan},
+        {"total": math.inf},
+        {"squares": -1.0},
+        {"squares": math.inf},
+        {"squares": "x"},
+        {"cooling": None},
+    ],
+)
+def test_sums_that_nobody_could_have_saved_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Residuals.of_record({"weight": 1.0, "total": 0.5, "squares": 0.25, "cooling": 0} | change)
+
+
+def test_an_arm_that_was_given_up_stays_so_over_a_restart() -> None:
+    bandit, again = Bandit(Random(0)), Bandit(Random(0))
+    for took_s in (*[4.0] * 40, *[0.5] * 3):
+        bandit.observe(CONTEXT, "a", 1.0, took_s)
+    assert bandit.given_up == 1
+    [record] = bandit.save()
+    again.restore(CONTEXT, "a", Residuals.of_record(record))
+    assert again.look(CONTEXT, "a") == (1.0, 1.0)
+
+
+def test_a_median_of_clients_is_what_others_are_told() -> None:
+    votes, shared = Votes(), ("host", 24, 0)
+    for number in range(3):
+        assert votes.prior("t", "new", shared, "a") == 0.0
+        votes.cast("t", f"link {number}", shared, "a", 0.4)
+    assert votes.prior("t", "new", shared, "a") == 0.4
+    assert votes.prior("t", "new", shared, "b") == 0.0
+    # One of three is not told what two others say: one of them could lie.
+    assert votes.prior("t", "link 0", shared, "a") == 0.0
+    # A tenant with many links is one voice among tenants.
+    for number in range(20):
+        votes.cast("liar", f"link {number}", shared, "a", 9.0)
+    assert votes.prior("other", "new", shared, "a") == 0.0
+    votes.cast("honest", "link", shared, "a", 0.3)
+    assert votes.prior("other", "new", shared, "a") == 0.4
+    # However many lie, a prior is a factor of two at most.
+    votes.cast("liar too", "link", shared, "a", 9.0)
+    votes.cast("and one more", "link", shared, "a", 9.0)
+    assert votes.prior("other", "new", shared, "a") == pytest.approx(math.log(2))
 
 
 @given(st.lists(st.floats(-2, 2), max_size=50), st.floats(-1, 1))

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvstore.controller.latency import compute_terms
-from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Budgeted, Prospect, Wish
+from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Budgeted, Measured, Prospect, Wish, undominated
 
 
 def _prospect(name: str, loss_nats: float, mean_s: float, drawn_s: float | None = None) -> Prospect:
@@ -50,9 +50,25 @@ def test_exploring_never_breaks_a_deadline_knowingly() -> None:
 
 def test_what_nobody_measured_is_not_chosen() -> None:
     arms = [_prospect("unknown", math.inf, 0.1), _prospect(RECOMPUTE, 0.0, 5.0)]
-    assert Budgeted().choose(arms, Wish(1.0)).arm.name == RECOMPUTE
+    for budget in (1.0, math.inf):
+        choice = Budgeted().choose(arms, Wish(budget))
+        assert (choice.arm.name, choice.refused) == (RECOMPUTE, ("unknown",))
     with pytest.raises(ValueError, match="no arm is within"):
         Budgeted().choose(arms[:1], Wish(1.0))
+
+
+def test_arms_that_another_one_beats_need_not_be_looked_at() -> None:
+    levels = [
+        Measured("small", 8.0, 0.2, 0.008),
+        Measured("slow and large", 4.0, 0.3, 0.001),
+        Measured("fast", 4.0, 0.05, 0.004),
+        Measured("coarse", 16.0, 0.05, 0.1),
+        Measured("unknown", 32.0, 0.01, math.inf),
+    ]
+    names = {hurried: {one.name for one in undominated(levels, 0.01, hurried=hurried)} for hurried in (True, False)}
+    assert names[True] == {"small", "fast"}
+    # With time left, what loses less is worth something.
+    assert names[False] == {"small", "fast", "slow and large"}
 
 
 LOSSES = st.floats(0, 1)

@@ -6,13 +6,16 @@ servers can be added.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
 
 _DISCOUNT = 0.97
 """What an observation counts after the next one: some 33 of them are remembered."""
+_WEIGHT_MAX = 1 / (1 - _DISCOUNT)
+_FADING = 0.998
+"""What is kept of one arm at each outcome of another: what is not tried for long may have changed."""
 _PRIOR_COUNT = 2.0
 """How many observations the prior mean counts as."""
 _PRIOR_SHAPE = 2.0
@@ -60,6 +63,9 @@ class Residuals:
         weight: Sum of weights.
         total: Weighted sum.
         squares: Weighted sum of squares.
+        strikes: Outcomes outside the band in a row; below zero where they were too fast.
+        cooling: Outcomes for which the model alone is still trusted.
+        seen: Outcomes of the context, of whatever arm, up to this arm's last one.
     """
 
     weight: float = 0.0
@@ -67,29 +73,74 @@ class Residuals:
     squares: float = 0.0
     strikes: int = 0
     cooling: int = 0
+    seen: int = 0
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Residuals":
+        """From JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is not what `save` makes.
+        """
+        weight, total, squares = (float(record[name]) for name in ("weight", "total", "squares"))
+        cooling = int(record["cooling"])
+        if not (0 <= weight <= _WEIGHT_MAX and abs(total) < math.inf and 0 <= squares < math.inf):
+            raise ValueError("sums of residuals are out of range")
+        return cls(weight, total, squares, cooling=min(max(cooling, 0), _COOLING))
 
     def add(self, residual: float) -> None:
         """One more."""
-        self.weight = _DISCOUNT * self.weight + 1
-        self.total = _DISCOUNT * self.total + residual
-        self.squares = _DISCOUNT * self.squares + residual**2
+        self._scale(_DISCOUNT)
+        self.weight += 1
+        self.total += residual
+        self.squares += residual**2
 
-    def posterior(self, prior_mean: float = 0.0) -> Posterior:
-        """What they say, on top of a prior."""
-        mean = self.total / self.weight if self.weight else 0.0
-        spread = max(0.0, self.squares - self.weight * mean**2)
-        count = _PRIOR_COUNT + self.weight
+    def fade(self, kept: float) -> None:
+        """Forget a share: others were observed meanwhile, and nothing was heard of this one."""
+        self._scale(kept)
+
+    def posterior(self, prior_mean: float = 0.0, kept: float = 1.0) -> Posterior:
+        """What they say, on top of a prior; with `kept`, as if a share of them were forgotten."""
+        weight, total = kept * self.weight, kept * self.total
+        mean = total / weight if weight else 0.0
+        spread = max(0.0, kept * self.squares - weight * mean**2)
+        count = _PRIOR_COUNT + weight
+        shift = _PRIOR_COUNT * weight * (mean - prior_mean) ** 2 / count
         return Posterior(
-            (_PRIOR_COUNT * prior_mean + self.total) / count,
+            (_PRIOR_COUNT * prior_mean + total) / count,
             count,
-            _PRIOR_SHAPE + self.weight / 2,
-            _PRIOR_SHAPE * _PRIOR_DEVIATION**2
-            + 0.5 * (spread + _PRIOR_COUNT * self.weight * (mean - prior_mean) ** 2 / count),
+            _PRIOR_SHAPE + weight / 2,
+            _PRIOR_SHAPE * _PRIOR_DEVIATION**2 + 0.5 * (spread + shift),
         )
 
     def merged(self, other: "Residuals") -> "Residuals":
-        """Of two servers."""
-        return Residuals(self.weight + other.weight, self.total + other.total, self.squares + other.squares)
+        """Of two servers; together they count no more than what one remembers at most."""
+        found = Residuals(
+            self.weight + other.weight,
+            self.total + other.total,
+            self.squares + other.squares,
+            cooling=max(self.cooling, other.cooling),
+            seen=self.seen,
+        )
+        found._scale(min(1.0, _WEIGHT_MAX / found.weight) if found.weight else 1.0)
+        return found
+
+    def _scale(self, factor: float) -> None:
+        self.weight *= factor
+        self.total *= factor
+        self.squares *= factor
+
+
+@dataclass
+class _Arms:
+    """What was seen in one context: outcomes in all, and of each arm."""
+
+    outcomes: int = 0
+    by_name: dict[str, Residuals] = field(default_factory=dict)
+
+    def kept(self, held: Residuals) -> float:
+        """The share of an arm's sums that still counts."""
+        return float(_FADING ** (self.outcomes - held.seen))
 
 
 @dataclass
@@ -98,15 +149,20 @@ class Bandit:
 
     Args:
         random: Where samples come from.
-        contexts_max: Contexts that are remembered; the one unused for longest is forgotten first.
+        contexts_max: Contexts that are remembered; the one without an outcome for longest is forgotten first.
     """
 
     random: Random
-    contexts_max: int = 4096
-    known: dict[Hashable, dict[str, Residuals]] = field(default_factory=dict)
+    contexts_max: int = 1024
     given_up: int = 0
+    _known: dict[tuple[Any, ...], _Arms] = field(default_factory=dict)
 
-    def look(self, context: Hashable, arm: str, prior_mean: float = 0.0) -> tuple[float, float]:
+    @property
+    def contexts(self) -> list[tuple[Any, ...]]:
+        """Contexts with outcomes, the newest last."""
+        return list(self._known)
+
+    def look(self, context: tuple[Any, ...], arm: str, prior_mean: float = 0.0) -> tuple[float, float]:
         """By what factor an arm is expected to take longer than the model says, and one drawn from what is known of it.
 
         Args:
@@ -114,11 +170,11 @@ class Bandit:
             arm: Whose.
             prior_mean: Log-residual that others have seen.
         """
-        arms = self.known.get(context)
-        held = _NOTHING if arms is None else arms.get(arm, _NOTHING)
+        arms = self._known.get(context)
+        held = _NOTHING if arms is None else arms.by_name.get(arm, _NOTHING)
         if held.cooling:
             return 1.0, 1.0
-        found = held.posterior(prior_mean)
+        found = held.posterior(prior_mean, 1.0 if arms is None else arms.kept(held))
         gauss = self.random.gauss
         # Precision is Gamma distributed; its cube root is nearly normal (Wilson and Hilferty, 1931).
         spread = 1 / (9 * found.shape)
@@ -126,56 +182,79 @@ class Bandit:
         drawn = found.mean + gauss(0.0, 1.0) / math.sqrt(found.weight * precision)
         return math.exp(found.mean), math.exp(min(max(drawn, -_RESIDUAL_MAX), _RESIDUAL_MAX))
 
-    def observe(self, context: Hashable, arm: str, expected_s: float, took_s: float, prior_mean: float = 0.0) -> None:
-        """Learn from an outcome; times that are no positive numbers tell nothing."""
+    def observe(
+        self, context: tuple[Any, ...], arm: str, expected_s: float, took_s: float, prior_mean: float = 0.0
+    ) -> float | None:
+        """Learn from an outcome; times that are no positive numbers tell nothing.
+
+        Returns:
+            The log-residual that is expected of the arm now; None where nothing was learned.
+        """
         if not (0 < took_s < math.inf and 0 < expected_s < math.inf):
-            return
+            return None
         residual = min(max(math.log(took_s / expected_s), -_RESIDUAL_MAX), _RESIDUAL_MAX)
-        arms = self.known.pop(context, None) or {}
+        arms = self._known.pop(context, None) or _Arms()
         # The newest context is the last one.
-        self.known[context] = arms
-        if len(self.known) > self.contexts_max:
-            del self.known[next(iter(self.known))]
-        held = arms.setdefault(arm, Residuals())
+        self._known[context] = arms
+        if len(self._known) > self.contexts_max:
+            del self._known[next(iter(self._known))]
+        held = arms.by_name.get(arm)
+        if held is None:
+            held = arms.by_name[arm] = Residuals()
+        held.fade(arms.kept(held))
+        arms.outcomes += 1
+        if self._learn(held, residual, prior_mean):
+            arms.by_name[arm] = held = Residuals(cooling=_COOLING)
+            held.add(residual)
+        held.seen = arms.outcomes
+        return 0.0 if held.cooling else held.posterior(prior_mean).mean
+
+    def _learn(self, held: Residuals, residual: float, prior_mean: float) -> bool:
+        """Add an outcome; whether what was learned does not hold any more."""
         if held.cooling:
             held.cooling -= 1
             held.add(residual)
-            return
+            return False
         posterior = held.posterior(prior_mean)
-        distance = (residual - posterior.mean) / posterior.deviation
         if held.weight < _PRIOR_COUNT:
             # There is no band yet to leave; one outcome alone is not taken at its word all the same.
             held.add(posterior.mean + min(max(residual - posterior.mean, -_FIRST_MAX), _FIRST_MAX))
-            return
+            return False
+        distance = (residual - posterior.mean) / posterior.deviation
         if abs(distance) <= _BAND:
             held.strikes = 0
             held.add(residual)
-            return
+            return False
         # One outcome outside the band may have waited for something; some in a row say that the band is wrong.
         side = 1 if distance > 0 else -1
         held.add(posterior.mean + side * _BAND * posterior.deviation)
         held.strikes = held.strikes + side if held.strikes * side > 0 else side
-        if abs(held.strikes) >= _STRIKES:
-            # What was learned does not hold any more: back to the model, until there is enough to learn from again.
-            self.given_up += 1
-            arms[arm] = Residuals(cooling=_COOLING)
-            arms[arm].add(residual)
+        if abs(held.strikes) < _STRIKES:
+            return False
+        # Back to the model, until there is enough to learn from again.
+        self.given_up += 1
+        return True
 
     def save(self) -> list[dict[str, Any]]:
         """Everything, as JSON; contexts are tuples of strings and numbers."""
         return [
-            {"context": list(context) if isinstance(context, tuple) else [context], "arm": arm, **vars(held)}
-            for context, arms in self.known.items()
-            for arm, held in arms.items()
+            {
+                "context": list(context),
+                "arm": arm,
+                **{name: getattr(held, name) for name in ("weight", "total", "squares", "cooling")},
+            }
+            for context, arms in self._known.items()
+            for arm, held in arms.by_name.items()
         ]
 
-    def restore(self, saved: list[Mapping[str, Any]]) -> None:
+    def restore(self, context: tuple[Any, ...], arm: str, found: Residuals) -> None:
         """Add what was saved, here or by another server."""
-        for record in saved:
-            context, arm = tuple(record["context"]), str(record["arm"])
-            found = Residuals(float(record["weight"]), float(record["total"]), float(record["squares"]))
-            arms = self.known.setdefault(context, {})
-            arms[arm] = arms[arm].merged(found) if arm in arms else found
+        arms = self._known.setdefault(context, _Arms())
+        known = arms.by_name.get(arm)
+        arms.by_name[arm] = found if known is None else known.merged(found)
+        arms.by_name[arm].seen = arms.outcomes
+        if len(self._known) > self.contexts_max:
+            del self._known[next(iter(self._known))]
 
 
 _NOTHING = Residuals()

@@ -7,22 +7,23 @@ what that client is told, and what all clients have in common is the median over
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from statistics import median
+from secrets import randbits
 from typing import Any, NamedTuple
 
-from kvstore.controller.bandit import Bandit
+from kvstore.controller.bandit import Bandit, Residuals
 from kvstore.controller.policy import RECOMPUTE, Arm, Budgeted, Choice, Policy, Prospect, Wish
+from kvstore.controller.votes import Votes
 
-_PENDING_MAX = 1 << 14
+_TENANTS_MAX = 1024
+_PENDING_MAX = 4096
+"""Of one tenant."""
 _PENDING_S = 600.0
 """After this time nobody comes back to a decision any more."""
 _CLOCK_SLACK_S = 0.05
 """By how much a client's time may exceed what this process's clock says went by."""
-_VOTES_MIN = 2
-"""Clients whose outcomes make a prior for others."""
 
 
 class Situation(NamedTuple):
@@ -71,8 +72,8 @@ class Decision:
         return {
             "id": self.id,
             "situation": self.situation._asdict(),
-            "budget_nats": self.wish.budget_nats,
-            "deadline_s": None if math.isinf(self.wish.deadline_s) else self.wish.deadline_s,
+            "budget_nats": _finite(self.wish.budget_nats),
+            "deadline_s": _finite(self.wish.deadline_s),
             "arm": self.choice.arm.name,
             "reason": self.choice.reason,
             "arms": [
@@ -98,6 +99,30 @@ class Ignored:
     implausible: int = 0
 
 
+class Pending(NamedTuple):
+    """A decision that was not reported on yet.
+
+    Args:
+        situation: What it will be learned by.
+        arm: The arm that was taken.
+        expected_s: What the model said of it.
+        time_s: When.
+    """
+
+    situation: Situation
+    arm: str
+    expected_s: float
+    time_s: float
+
+
+@dataclass
+class _Tenant:
+    """What belongs to one tenant, bounded so that it takes nothing from others."""
+
+    bandit: Bandit
+    pending: OrderedDict[int, Pending] = field(default_factory=OrderedDict)
+
+
 @dataclass
 class Controller:
     """Decides and learns.
@@ -114,12 +139,8 @@ class Controller:
     policy: Policy = field(default_factory=Budgeted)
     explores: bool = True
     ignored: Ignored = field(default_factory=Ignored)
-
-    def __post_init__(self) -> None:
-        self.bandit = Bandit(self.random)
-        self._pending: OrderedDict[int, Decision] = OrderedDict()
-        # Which clients have seen an arm in a shared situation, by what the bandit calls them.
-        self._voters: dict[tuple[tuple[str, int, int], str], dict[Situation, None]] = {}
+    _votes: Votes = field(default_factory=Votes)
+    _tenants: OrderedDict[str, _Tenant] = field(default_factory=OrderedDict)
 
     def decide(
         self, situation: Situation, arms: Sequence[Arm], wish: Wish, *, wire: float = 1.0, hope: float = 1.0
@@ -138,20 +159,20 @@ class Controller:
         Raises:
             ValueError: No arm is within the budget.
         """
-        prospects = [self._prospect(situation, arm, wire) for arm in arms]
+        tenant = self._tenant(situation.tenant)
+        prospects = [self._prospect(tenant, situation, arm, wire) for arm in arms]
         choice = self.policy.choose(prospects, wish)
         if choice.arm.name == RECOMPUTE and hope < min(wire, 1.0):
-            prospects = [self._prospect(situation, arm, hope) for arm in arms]
+            prospects = [self._prospect(tenant, situation, arm, hope) for arm in arms]
             choice = self.policy.choose(prospects, wish)
-        # A number that cannot be guessed: reports are taken from whoever knows it.
-        number = self.random.getrandbits(63)
-        decision = Decision(number, situation, wish, choice, self.clock())
-        self._pending[number] = decision
-        while len(self._pending) > _PENDING_MAX:
-            self._pending.popitem(last=False)
+        # A number that cannot be guessed: a report is taken from whoever knows it.
+        decision = Decision(randbits(63), situation, wish, choice, self.clock())
+        arm = choice.arm
+        tenant.pending[decision.id] = Pending(situation, arm.name, arm.terms.total_s, decision.time_s)
+        self._forget(tenant, decision.time_s)
         return decision
 
-    def observe(self, number: int, took_s: float, *, tenant: str, at_least_s: float = 0.0) -> Decision | None:
+    def observe(self, number: int, took_s: float, *, tenant: str, at_least_s: float = 0.0) -> Pending | None:
         """Learn what came of a decision.
 
         Args:
@@ -161,57 +182,85 @@ class Controller:
             at_least_s: Seconds that this server itself was busy with it.
 
         Returns:
-            The decision, or None where nothing was learned; `ignored` counts why.
+            What was decided, or None where nothing was learned; `ignored` counts why.
         """
-        decision = self._pending.get(number)
-        if decision is None or decision.situation.tenant != tenant:
+        held = self._tenants.get(tenant)
+        decided = None if held is None else held.pending.pop(number, None)
+        if held is None or decided is None:
             self.ignored.unknown += 1
             return None
-        del self._pending[number]
-        elapsed_s = self.clock() - decision.time_s
+        elapsed_s = self.clock() - decided.time_s
         if elapsed_s > _PENDING_S:
             self.ignored.old += 1
             return None
         if not (0 < took_s <= elapsed_s + _CLOCK_SLACK_S) or took_s < at_least_s:
             self.ignored.implausible += 1
             return None
-        arm, situation = decision.choice.arm, decision.situation
-        self._voters.setdefault((situation.shared, arm.name), {})[situation] = None
-        prior = self._prior(situation, arm.name)
-        self.bandit.observe(situation, arm.name, arm.terms.total_s, took_s, prior)
-        return decision
+        situation, arm = decided.situation, decided.arm
+        prior = self._prior(situation, arm)
+        residual = held.bandit.observe(situation, arm, decided.expected_s, took_s, prior)
+        if residual is not None:
+            self._votes.cast(tenant, situation.link, situation.shared, arm, residual)
+        return decided
+
+    @property
+    def given_up(self) -> int:
+        """How often what was learned of an arm was given up for the model."""
+        return sum(tenant.bandit.given_up for tenant in self._tenants.values())
+
+    @property
+    def pending(self) -> int:
+        """Decisions that were not reported on yet."""
+        return sum(len(tenant.pending) for tenant in self._tenants.values())
 
     def save(self) -> list[dict[str, Any]]:
         """What was learned, as JSON."""
-        return self.bandit.save()
+        return [record for tenant in self._tenants.values() for record in tenant.bandit.save()]
 
-    def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Add what was learned before, or elsewhere."""
+    def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Add what was learned before, or elsewhere.
+
+        Raises:
+            ValueError, KeyError, TypeError: A record is not what `save` makes; those before it were added.
+        """
         for record in saved:
-            situation = Situation(*record["context"])
-            self.bandit.restore([{**record, "context": situation}])
-            self._voters.setdefault((situation.shared, str(record["arm"])), {})[situation] = None
+            tenant, link, tier, size, load = record["context"]
+            situation = Situation(str(tenant), str(link), str(tier), int(size), int(load))
+            arm, found = str(record["arm"]), Residuals.of_record(record)
+            self._tenant(situation.tenant).bandit.restore(situation, arm, found)
+            if not found.cooling:
+                mean = found.posterior().mean
+                self._votes.cast(situation.tenant, situation.link, situation.shared, arm, mean)
 
-    def _prospect(self, situation: Situation, arm: Arm, wire: float) -> Prospect:
-        expected_s = arm.terms.total_s
-        mean, drawn = self.bandit.look(situation, arm.name, self._prior(situation, arm.name))
-        if not self.explores:
-            return Prospect(arm, mean * expected_s, mean * expected_s)
-        return Prospect(arm, mean * expected_s, drawn * arm.terms.slower("wire", wire).total_s)
+    def _tenant(self, name: str) -> _Tenant:
+        found = self._tenants.pop(name, None) or _Tenant(Bandit(self.random))
+        self._tenants[name] = found
+        if len(self._tenants) > _TENANTS_MAX:
+            self._tenants.popitem(last=False)
+        return found
+
+    def _forget(self, tenant: _Tenant, now_s: float) -> None:
+        """Decisions that nobody will report on any more."""
+        pending = tenant.pending
+        while len(pending) > _PENDING_MAX or now_s - next(iter(pending.values())).time_s > _PENDING_S:
+            pending.popitem(last=False)
+
+    def _prospect(self, tenant: _Tenant, situation: Situation, arm: Arm, wire: float) -> Prospect:
+        mean, drawn = tenant.bandit.look(situation, arm.name, self._prior(situation, arm.name))
+        mean_s = mean * arm.terms.total_s
+        factor = drawn if self.explores else mean
+        return Prospect(arm, mean_s, factor * arm.terms.slower("wire", wire).total_s)
 
     def _prior(self, situation: Situation, arm: str) -> float:
-        """Log-residual that other clients have seen: the median of theirs."""
-        voters = self._voters.get((situation.shared, arm))
-        if voters is None or len(voters) < _VOTES_MIN:
-            return 0.0
-        votes = [
-            math.log(self.bandit.look(other, arm)[0])
-            for other in voters
-            if (other.tenant, other.link) != (situation.tenant, situation.link) and other in self.bandit.known
-        ]
-        return median(votes) if len(votes) >= _VOTES_MIN else 0.0
+        """Log-residual that other clients have seen."""
+        return self._votes.prior(situation.tenant, situation.link, situation.shared, arm)
 
 
 def octave(value: float) -> int:
     """The bucket of a size or a load: its logarithm to base 2, rounded down; 0 for what is less than one."""
     return max(0, int(math.log2(value))) if value >= 1 else 0
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

@@ -129,11 +129,10 @@ def _corrections(log: Iterable[Recorded]) -> dict[tuple[tuple[str, ...], str], f
 
 
 def _recorded(record: Mapping[str, Any]) -> Recorded:
-    deadline_s = record["deadline_s"]
     return Recorded(
         int(record["id"]),
         tuple(str(value) for value in record["situation"].values()),
-        Wish(float(record["budget_nats"]), math.inf if deadline_s is None else float(deadline_s)),
+        Wish(_limit(record["budget_nats"]), _limit(record["deadline_s"])),
         tuple(_prospects(record["arms"])),
         str(record["arm"]),
     )
@@ -143,3 +142,7 @@ def _prospects(records: Iterable[Mapping[str, Any]]) -> Iterator[Prospect]:
     for one in records:
         arm = Arm(str(one["arm"]), float(one["loss_nats"]), Terms.of_report(one["terms"]))
         yield Prospect(arm, float(one["mean_s"]), float(one["drawn_s"]))
+
+
+def _limit(value: Any) -> float:
+    return math.inf if value is None else float(value)

@@ -6,7 +6,6 @@ moves it only so far, and leaves such doubt that the next one decides.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -113,12 +112,14 @@ class LinkState:
         """
         if not (0 < took_s < math.inf) or size_bytes < 0:
             return
-        if first_byte_s is not None and 0 < first_byte_s <= took_s:
+        if first_byte_s is not None and not 0 < first_byte_s <= took_s:
+            first_byte_s = None
+        if first_byte_s is not None:
             self.rtt.observe(first_byte_s)
         elif size_bytes < _PROBE_BYTES:
             self.rtt.observe(max(took_s - size_bytes / self.rate.value, took_s / 4))
         if size_bytes >= _PROBE_BYTES:
-            waited_s = self.rtt.value if first_byte_s is None else first_byte_s
+            waited_s = min(self.rtt.value, took_s) if first_byte_s is None else first_byte_s
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
             # What is left of the round trip's error weighs less, the longer the transfer is.
@@ -157,6 +158,11 @@ class DecodeSpeed:
             self.own[other] *= _FADING
         self.own[arm] = alone + _OWN_WEIGHT * min(max(rest, -_OWN_REST), _OWN_REST)
 
+    def fade(self) -> None:
+        """A transfer without decoding: nobody finds out that a decoder is faster than thought while none is used."""
+        self.common.value **= _FADING
+        self.common.age()
+
     def factor(self, arm: str) -> float:
         """What an expected time is to be multiplied by."""
         return self.common.value * math.exp(self.own.get(arm, 0.0))
@@ -186,10 +192,14 @@ class PrefillSpeed:
         if not self.by_length:
             return None
         wanted = math.log2(tokens)
-        nearest = sorted(self.by_length, key=lambda octave: abs(octave + 0.5 - wanted))[:2]
-        if len(nearest) == 1 or (_octave(tokens) == nearest[0] and not _between(nearest, wanted)):
-            return tokens * self.by_length[nearest[0]].value
-        return tokens * _interpolated(wanted, nearest, [self.by_length[octave].value for octave in nearest])
+        below = max((octave for octave in self.by_length if octave + 0.5 <= wanted), default=None)
+        above = min((octave for octave in self.by_length if octave + 0.5 > wanted), default=None)
+        if below is None or above is None:
+            known = below if above is None else above
+            assert known is not None
+            return tokens * self.by_length[known].value
+        share = (wanted - below - 0.5) / (above - below)
+        return float(tokens * self.by_length[below].value ** (1 - share) * self.by_length[above].value ** share)
 
 
 @dataclass
@@ -216,15 +226,3 @@ class Load:
 
 def _octave(tokens: int) -> int:
     return tokens.bit_length() - 1
-
-
-def _between(octaves: Sequence[int], wanted: float) -> bool:
-    low, high = sorted(octave + 0.5 for octave in octaves)
-    return low <= wanted <= high
-
-
-def _interpolated(wanted: float, octaves: Sequence[int], values: Sequence[float]) -> float:
-    """Logarithms between two points; beyond them the nearer one."""
-    (first, first_value), (second, second_value) = zip((octave + 0.5 for octave in octaves), values, strict=True)
-    share = min(max((wanted - first) / (second - first), 0.0), 1.0)
-    return float(first_value ** (1 - share) * second_value**share)

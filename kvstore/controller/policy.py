@@ -95,7 +95,7 @@ def undominated(levels: Iterable[Measured], budget_nats: float, *, hurried: bool
         budget_nats: Largest quality loss.
         hurried: Whether only time counts. Where a deadline leaves room for quality, less loss is worth something too.
     """
-    within = sorted((one for one in levels if one.loss_nats <= budget_nats), key=lambda one: -one.ratio)
+    within = sorted((one for one in levels if _within(one.loss_nats, budget_nats)), key=lambda one: -one.ratio)
     kept: list[Measured] = []
     for one in within:
         if not any(
@@ -125,8 +125,8 @@ class Budgeted:
     """
 
     def choose(self, prospects: Sequence[Prospect], wish: Wish) -> Choice:
-        within = tuple(one for one in prospects if one.arm.loss_nats <= wish.budget_nats)
-        refused = tuple(one.arm.name for one in prospects if one.arm.loss_nats > wish.budget_nats)
+        within = tuple(one for one in prospects if _within(one.arm.loss_nats, wish.budget_nats))
+        refused = tuple(one.arm.name for one in prospects if one not in within)
         if not within:
             raise ValueError("no arm is within the quality budget, not even an exact one")
         timely = [one for one in within if max(one.mean_s, one.drawn_s) <= wish.deadline_s < math.inf]
@@ -136,3 +136,8 @@ class Budgeted:
             return Choice(best.arm, "quality", within, refused)
         best = min(within, key=lambda one: one.drawn_s)
         return Choice(best.arm, "fastest", within, refused)
+
+
+def _within(loss_nats: float, budget_nats: float) -> bool:
+    """Whether a loss is within a budget; what nobody measured is beyond any."""
+    return loss_nats <= budget_nats and loss_nats < math.inf
