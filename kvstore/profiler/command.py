@@ -36,8 +36,8 @@ def run_profile(options: Options) -> Finished:
 
         def watch(what: str, done: int, total: int, note: str) -> None:
             if what not in phases:
-                for task in phases.values():
-                    progress.stop_task(task)
+                if phases:
+                    progress.stop_task(list(phases.values())[-1])
                 phases[what] = progress.add_task(what, total=total or None, note=note)
             progress.update(phases[what], completed=done, total=total or None, note=note)
 

@@ -59,7 +59,9 @@ def pairs(finished: Finished) -> str:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         _grid(panel)
-    figure.axes[0].legend(fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    # Below all panels: inside one it would lie on points.
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     return _svg(figure)
 
 

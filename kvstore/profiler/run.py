@@ -136,7 +136,8 @@ class Run:
             self._calibrate()
             found = self._read(journal)
             with Workers(self._task(self._search_prompts), options.jobs) as workers:
-                self._try(workers, journal, found, start_pool(self.space, options.pool, options.seed), "candidates")
+                pool = start_pool(self.space, options.pool, options.seed)
+                self._try(workers, journal, found, pool, shown=True)
                 self._refer(journal, found)
                 self._search(workers, journal, found)
             chosen = self._choose(found)
@@ -202,14 +203,15 @@ class Run:
         return found
 
     def _try(
-        self, workers: Workers, journal: Journal, found: Found, wanted: Sequence[Configuration], what: str
+        self, workers: Workers, journal: Journal, found: Found, wanted: Sequence[Configuration], *, shown: bool = False
     ) -> list[Configuration]:
         """Try configurations without the model; those that can be run."""
         known = found.trials.keys() | found.infeasible.keys()
         left = [configuration for configuration in wanted if configuration not in known]
         for number, (configuration, result) in enumerate(workers.measure("trial", left)):
             self._note(journal, found, "trial", configuration, result)
-            self._watch(f"trying {what}", len(wanted) - len(left) + number + 1, len(wanted), "")
+            if shown:
+                self._watch("trying candidates", len(wanted) - len(left) + number + 1, len(wanted), "")
         return [configuration for configuration in wanted if configuration in found.trials]
 
     def _note(self, journal: Journal, found: Found, kind: Kind, configuration: Configuration, result: object) -> None:
@@ -247,7 +249,7 @@ class Run:
             done = len(found.outcomes)
             if found.outcomes and options.fresh:
                 near = neighbours(self.space, best(found), options.fresh, options.seed + _SEED_STEP * done)
-                for configuration in self._try(workers, journal, found, near, "neighbours"):
+                for configuration in self._try(workers, journal, found, near):
                     if configuration not in found.outcomes and configuration not in found.infeasible:
                         search.add(configuration, found.trials[configuration])
             self._say(found)
