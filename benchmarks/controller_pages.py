@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Row
-from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure
+from benchmarks.report_parts import Column, Page, RowTable, finish_panel, new_figure, plain, save_figure
 
 _REGRET_TEXT = """\
 Requests fetch the cache of their prompts (128 KiB a token) over a link that wanders between 2 and 400 Gb/s and leaps
@@ -65,12 +65,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         colour, line = _STYLES[name.partition(" (")[0]]
         x, y = [row["requests"] for row in mine], [row["lost_s"] for row in mine]
         panel.plot(x, y, line, color=colour, label=name, linewidth=1.8)
-    panel.set_yscale("log")
-    panel.set_xlabel("requests")
-    panel.set_ylabel("seconds lost to the oracle, in all")
-    panel.grid(which="both", linewidth=0.3)
-    panel.set_axisbelow(True)
-    panel.legend(fontsize=8)
+    finish_panel(panel, "requests", "seconds lost to the oracle, in all")
     save_figure(figure, path)
 
 

@@ -17,8 +17,8 @@ from random import Random
 from time import perf_counter
 
 from benchmarks.harness import Aim, Row, argument_parser, at_most, output_path, percentile, write_result
-from kvstore.controller.controller import Controller, Situation, octave
-from kvstore.controller.estimators import DecodeSpeed, LinkState
+from kvstore.controller.controller import Controller, Situation
+from kvstore.controller.estimators import DecodeSpeed, LinkState, octave
 from kvstore.controller.latency import Link, Rates, Terms, Volume, compute_terms, fetch_terms
 from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Measured, Wish, undominated
 from kvstore.profile import ProfileSet

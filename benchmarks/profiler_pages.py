@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Row
-from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure
+from benchmarks.report_parts import Column, Page, RowTable, finish_panel, new_figure, plain, save_figure
 
 _TEXT = """\
 Every configuration of a grid was measured once: encoded with all its levels, the model run behind each of them on 12
@@ -43,12 +43,9 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         low, high = ([1 - row[side] for row in mine] for side in ("p90", "p10"))
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.axhline(0.01, color="#404040", linewidth=0.6)
-    panel.set_yscale("log")
-    panel.set_xlabel("configurations measured with the model")
-    panel.set_ylabel("missing share of the hypervolume (median; p10 to p90)")
-    panel.grid(which="both", linewidth=0.3)
-    panel.set_axisbelow(True)
-    panel.legend(fontsize=8)
+    finish_panel(
+        panel, "configurations measured with the model", "missing share of the hypervolume (median; p10 to p90)"
+    )
     save_figure(figure, path)
 
 

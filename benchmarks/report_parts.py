@@ -56,6 +56,16 @@ def new_figure(size: tuple[float, float]) -> Any:
     return figure
 
 
+def finish_panel(panel: Any, x: str, y: str) -> None:
+    """Labels, a logarithmic y axis, a grid behind the lines, and the legend."""
+    panel.set_yscale("log")
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.grid(which="both", linewidth=0.3)
+    panel.set_axisbelow(True)
+    panel.legend(fontsize=8)
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG."""
     # The version of the plotting library is left out, so that equal figures are equal bytes.

@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 
-from kvstore.controller.controller import Controller, Situation, octave
+from kvstore.controller.controller import Controller, Situation
 from kvstore.controller.decisions import line_of, outcome_line, read_log, replay
+from kvstore.controller.estimators import octave
 from kvstore.controller.latency import Link, Rates, Volume, compute_terms, fetch_terms
 from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Budgeted, Choice, Prospect, Wish
 from kvstore.errors import ConfigError

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
 
+from kvstore.controller.tables import renewed
+
 _DISCOUNT = 0.97
 """What an observation counts after the next one: some 33 of them are remembered."""
 _WEIGHT_MAX = 1 / (1 - _DISCOUNT)
@@ -90,14 +92,10 @@ class Residuals:
 
     def add(self, residual: float) -> None:
         """One more."""
-        self._scale(_DISCOUNT)
+        self.scale(_DISCOUNT)
         self.weight += 1
         self.total += residual
         self.squares += residual**2
-
-    def fade(self, kept: float) -> None:
-        """Forget a share: others were observed meanwhile, and nothing was heard of this one."""
-        self._scale(kept)
 
     def posterior(self, prior_mean: float = 0.0, kept: float = 1.0) -> Posterior:
         """What they say, on top of a prior; with `kept`, as if a share of them were forgotten."""
@@ -122,10 +120,11 @@ class Residuals:
             cooling=max(self.cooling, other.cooling),
             seen=self.seen,
         )
-        found._scale(min(1.0, _WEIGHT_MAX / found.weight) if found.weight else 1.0)
+        found.scale(min(1.0, _WEIGHT_MAX / found.weight) if found.weight else 1.0)
         return found
 
-    def _scale(self, factor: float) -> None:
+    def scale(self, factor: float) -> None:
+        """Keep a share of what is remembered."""
         self.weight *= factor
         self.total *= factor
         self.squares *= factor
@@ -193,15 +192,11 @@ class Bandit:
         if not (0 < took_s < math.inf and 0 < expected_s < math.inf):
             return None
         residual = min(max(math.log(took_s / expected_s), -_RESIDUAL_MAX), _RESIDUAL_MAX)
-        arms = self._known.pop(context, None) or _Arms()
-        # The newest context is the last one.
-        self._known[context] = arms
-        if len(self._known) > self.contexts_max:
-            del self._known[next(iter(self._known))]
+        arms = renewed(self._known, context, self.contexts_max, _Arms)
         held = arms.by_name.get(arm)
         if held is None:
             held = arms.by_name[arm] = Residuals()
-        held.fade(arms.kept(held))
+        held.scale(arms.kept(held))
         arms.outcomes += 1
         if self._learn(held, residual, prior_mean):
             arms.by_name[arm] = held = Residuals(cooling=_COOLING)
@@ -249,12 +244,10 @@ class Bandit:
 
     def restore(self, context: tuple[Any, ...], arm: str, found: Residuals) -> None:
         """Add what was saved, here or by another server."""
-        arms = self._known.setdefault(context, _Arms())
+        arms = renewed(self._known, context, self.contexts_max, _Arms)
         known = arms.by_name.get(arm)
         arms.by_name[arm] = found if known is None else known.merged(found)
         arms.by_name[arm].seen = arms.outcomes
-        if len(self._known) > self.contexts_max:
-            del self._known[next(iter(self._known))]
 
 
 _NOTHING = Residuals()

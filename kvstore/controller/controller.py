@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from kvstore.controller.bandit import Bandit, Residuals
 from kvstore.controller.policy import RECOMPUTE, Arm, Budgeted, Choice, Policy, Prospect, Wish
+from kvstore.controller.tables import renewed
 from kvstore.controller.votes import Votes
 
 _TENANTS_MAX = 1024
@@ -140,7 +141,7 @@ class Controller:
     explores: bool = True
     ignored: Ignored = field(default_factory=Ignored)
     _votes: Votes = field(default_factory=Votes)
-    _tenants: OrderedDict[str, _Tenant] = field(default_factory=OrderedDict)
+    _tenants: dict[str, _Tenant] = field(default_factory=dict)
 
     def decide(
         self, situation: Situation, arms: Sequence[Arm], wish: Wish, *, wire: float = 1.0, hope: float = 1.0
@@ -233,11 +234,7 @@ class Controller:
                 self._votes.cast(situation.tenant, situation.link, situation.shared, arm, mean)
 
     def _tenant(self, name: str) -> _Tenant:
-        found = self._tenants.pop(name, None) or _Tenant(Bandit(self.random))
-        self._tenants[name] = found
-        if len(self._tenants) > _TENANTS_MAX:
-            self._tenants.popitem(last=False)
-        return found
+        return renewed(self._tenants, name, _TENANTS_MAX, lambda: _Tenant(Bandit(self.random)))
 
     def _forget(self, tenant: _Tenant, now_s: float) -> None:
         """Decisions that nobody will report on any more."""
@@ -254,11 +251,6 @@ class Controller:
     def _prior(self, situation: Situation, arm: str) -> float:
         """Log-residual that other clients have seen."""
         return self._votes.prior(situation.tenant, situation.link, situation.shared, arm)
-
-
-def octave(value: float) -> int:
-    """The bucket of a size or a load: its logarithm to base 2, rounded down; 0 for what is less than one."""
-    return max(0, int(math.log2(value))) if value >= 1 else 0
 
 
 def _finite(value: float) -> float | None:

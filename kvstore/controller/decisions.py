@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -85,10 +85,7 @@ def read_log(path: Path) -> list[Recorded]:
             if record["kind"] == "decision":
                 found[record["id"]] = _recorded(record)
             elif record["kind"] == "outcome" and record["id"] in found:
-                known = found[record["id"]]
-                found[known.id] = Recorded(
-                    known.id, known.situation, known.wish, known.prospects, known.arm, float(record["took_s"])
-                )
+                found[record["id"]] = replace(found[record["id"]], took_s=float(record["took_s"]))
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise ConfigError(f"{path}, line {number}: not a line of a decision log ({exc})") from exc
     return list(found.values())

@@ -182,7 +182,7 @@ class PrefillSpeed:
         """Learn from a prefill."""
         if tokens < 1 or not 0 < took_s < math.inf:
             return
-        level = self.by_length.setdefault(_octave(tokens), Level(took_s / tokens))
+        level = self.by_length.setdefault(octave(tokens), Level(took_s / tokens))
         level.observe(took_s / tokens)
 
     def seconds(self, tokens: int) -> float | None:
@@ -224,5 +224,6 @@ class Load:
         self._seen_s = now_s
 
 
-def _octave(tokens: int) -> int:
-    return tokens.bit_length() - 1
+def octave(value: float) -> int:
+    """The bucket of a size or a load: its logarithm to base 2, rounded down; 0 for what is less than one."""
+    return max(0, int(math.log2(value))) if value >= 1 else 0

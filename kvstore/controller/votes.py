@@ -1,10 +1,10 @@
 """What others have seen of an arm: a median over clients, so that one of them cannot move it."""
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TypeVar
+
+from kvstore.controller.tables import renewed
 
 _VOTERS_MIN = 3
 """So many must agree on something before others are told: of two, one could lie."""
@@ -12,9 +12,6 @@ _VOTERS_MAX = 64
 _ARMS_MAX = 4096
 _PRIOR_MAX = math.log(2)
 """No prior says more than a factor of two: the rest each client finds out for itself."""
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 Shared = tuple[str, int, int]
 """Tier, octave of bytes, octave of load."""
@@ -28,17 +25,14 @@ class Votes:
     each of which has one vote, the median over its links. All tables are bounded; the oldest entry is forgotten first.
     """
 
-    _known: OrderedDict[tuple[Shared, str], OrderedDict[str, OrderedDict[str, float]]] = field(
-        default_factory=OrderedDict
-    )
+    _known: dict[tuple[Shared, str], dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def cast(self, tenant: str, link: str, shared: Shared, arm: str, residual: float) -> None:
         """A client's vote, in place of the one that it had."""
-        tenants = _renewed(self._known, (shared, arm), _ARMS_MAX)
-        _renewed(tenants, tenant, _VOTERS_MAX)[link] = residual
-        tenants[tenant].move_to_end(link)
-        if len(tenants[tenant]) > _VOTERS_MAX:
-            tenants[tenant].popitem(last=False)
+        tenants = renewed(self._known, (shared, arm), _ARMS_MAX, dict)
+        links = renewed(tenants, tenant, _VOTERS_MAX, dict)
+        renewed(links, link, _VOTERS_MAX, float)
+        links[link] = residual
 
     def prior(self, tenant: str, link: str, shared: Shared, arm: str) -> float:
         """The log-residual that a client is told others have seen; 0 where too few have."""
@@ -51,12 +45,3 @@ class Votes:
         if len(neighbours) < _VOTERS_MIN:
             return 0.0
         return min(max(median(neighbours), -_PRIOR_MAX), _PRIOR_MAX)
-
-
-def _renewed(table: "OrderedDict[K, OrderedDict[str, V]]", key: K, most: int) -> "OrderedDict[str, V]":
-    """The table of a key, made where there is none, and moved to the end."""
-    found = table.pop(key, None)
-    table[key] = found = OrderedDict() if found is None else found
-    if len(table) > most:
-        table.popitem(last=False)
-    return found
