@@ -4,7 +4,8 @@ Over HTTP they are JSON. On links matches and puts are answered in binary, numbe
 length:
 
     match:  reason of the miss (1 + n) | runs: count (4) | length of the copy (2) | copy
-    copy:   bytes of the head (4) | levels (1) | levels held (1) | inexact (1) | tier (1 + n) | bytes of each level (8)
+    copy:   bytes of the head (4) | levels (1) | levels held (1) | inexact (1) | lossless (1) | profile (8) |
+            tier (1 + n) | bytes of each level (8)
     put:    of each frame: outcome (1 + n) | ack (1, 0 for none) | code (1 + n) | detail (2 + n)
 """
 
@@ -24,12 +25,13 @@ from kvstore.errors import (
     BackendUnavailableError,
     KVStoreError,
 )
+from kvstore.header import PROFILE_ID_BYTES
 from kvstore.keys import ChunkKey, chunk_key
 
 Answer = Mapping[str, Any]
 
 _RUN = struct.Struct("<IH")
-_COPY = struct.Struct("<IBB?B")
+_COPY = struct.Struct(f"<IBB??{PROFILE_ID_BYTES}sB")
 _DETAIL_BYTES_MAX = 4096
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
@@ -157,6 +159,9 @@ def _parse_copy(fields: Answer) -> Copy:
             tuple(int(size) for size in fields["level_bytes"]),
             int(fields["levels"]),
             bool(fields["inexact"]),
+            # An older server does not say.
+            bool(fields.get("lossless", False)),
+            bytes.fromhex(fields.get("profile", "00" * PROFILE_ID_BYTES)),
         )
     )
 
@@ -165,21 +170,23 @@ def _parse_copy(fields: Answer) -> Copy:
 @lru_cache(maxsize=4096)
 def _pack_copy(copy: Copy) -> bytes:
     tier = copy.tier.encode()
-    head = _COPY.pack(copy.head_bytes, copy.levels, len(copy.level_bytes), copy.inexact, len(tier))
+    flags = copy.inexact, copy.lossless
+    head = _COPY.pack(copy.head_bytes, copy.levels, len(copy.level_bytes), *flags, copy.profile, len(tier))
     return head + tier + struct.pack(f"<{len(copy.level_bytes)}Q", *copy.level_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _unpack_held(packed: bytes) -> Held:
-    head_bytes, levels, held_levels, inexact, tier_bytes = _COPY.unpack_from(packed)
+    head_bytes, levels, held_levels, inexact, lossless, profile, tier_bytes = _COPY.unpack_from(packed)
     end = _COPY.size + tier_bytes
     level_bytes = struct.unpack(f"<{held_levels}Q", packed[end:])
     tier = packed[_COPY.size : end].decode()
-    return Held(None, _checked_copy(Copy(tier, head_bytes, level_bytes, levels, inexact)))
+    return Held(None, _checked_copy(Copy(tier, head_bytes, level_bytes, levels, inexact, lossless, profile)))
 
 
 def _checked_copy(copy: Copy) -> Copy:
-    if not 0 < len(copy.level_bytes) <= copy.levels or min(copy.head_bytes, *copy.level_bytes) < 0:
+    sizes = len(copy.level_bytes), len(copy.profile)
+    if not 0 < sizes[0] <= copy.levels or sizes[1] != PROFILE_ID_BYTES or min(copy.head_bytes, *copy.level_bytes) < 0:
         raise ValueError(f"there is no such copy: {copy}")
     return copy
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from kvstore.errors import BackendError, LayoutMismatchError
 from kvstore.frame import Frame
+from kvstore.header import PROFILE_ID_BYTES
 from kvstore.keys import ChunkKey, split_key
 
 
@@ -62,6 +63,8 @@ class Copy(NamedTuple):
         level_bytes: Payload bytes of every level that is held.
         levels: Number of levels of the whole frame.
         inexact: Whether the frame is marked as computed behind a lossy prefix.
+        lossless: Whether all levels together decode to every bit.
+        profile: `kvstore.header.profile_id` of what made the frame; zeros where nobody says.
     """
 
     tier: str
@@ -69,6 +72,8 @@ class Copy(NamedTuple):
     level_bytes: tuple[int, ...]
     levels: int
     inexact: bool = False
+    lossless: bool = False
+    profile: bytes = bytes(PROFILE_ID_BYTES)
 
     @property
     def whole(self) -> bool:

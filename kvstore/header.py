@@ -3,6 +3,7 @@
 Nothing here is trusted: every field has a type and a bound, and no field chooses the size of an allocation.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -22,6 +23,9 @@ GROUPS_MAX = 1024
 STAGES_MAX = 32
 POSITION_MAX = 1 << 40
 DEPTH_MAX = 16
+PROFILE_ID_BYTES = 8
+LOSSLESS_STAGES = frozenset(("ans", "blob", "exponent", "keep", "pack", "rans", "raw", "zstd"))
+"""Stages that give back every bit: what a storage node knows of codecs, which it has none of."""
 
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 _KEYED = re.compile(rb'\{"namespace":"([0-9a-f]{32})","digest":"([0-9a-f]{64})",')
@@ -63,6 +67,7 @@ class Header:
         artefacts: SHA-256 of the calibration artefacts that decoding needs, hexadecimal.
         distortion: Relative squared error of every plane after each level.
         behind: Set where the chunk is inexact because it stands on a lossy prefix.
+        profile: `profile_id` of the pipeline; a header that was read has it.
     """
 
     key: ChunkKey
@@ -74,6 +79,12 @@ class Header:
     artefacts: tuple[str, ...] = ()
     distortion: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: MappingProxyType({}))
     behind: Behind | None = None
+    profile: bytes = field(default=bytes(PROFILE_ID_BYTES), compare=False)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the whole frame decodes to every bit that was encoded."""
+        return is_lossless(self.pipeline)
 
     @property
     def levels(self) -> int:
@@ -83,6 +94,17 @@ class Header:
     def segment_counts(self) -> list[int]:
         """Number of segments of each level: layer groups times planes."""
         return [len(self.groups) * len(names) for names in self.planes]
+
+
+def is_lossless(pipeline: Sequence[StageSpec]) -> bool:
+    """Whether decoding gives back every bit."""
+    return all(stage["stage"] in LOSSLESS_STAGES for stage in pipeline)
+
+
+def profile_id(pipeline: Sequence[StageSpec]) -> bytes:
+    """What tells which profile made a frame: 8 bytes of SHA-256 over its pipeline, which names its artefacts."""
+    text = json.dumps([dict(stage) for stage in pipeline], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).digest()[:PROFILE_ID_BYTES]
 
 
 def dump_header(header: Header) -> bytes:
@@ -130,16 +152,18 @@ def _load_shared(text: bytes) -> Header:
 
 def _header(key: ChunkKey, fields: Mapping[str, Any]) -> Header:
     planes = tuple(_list(fields, "planes", 1, LEVELS_MAX, _plane_names))
+    pipeline = tuple(_list(fields, "pipeline", 1, STAGES_MAX, _stage))
     header = Header(
         key=key,
         tokens=_integer(fields, "tokens", 1 << 16),
         first_position=_integer(fields, "first_position", POSITION_MAX),
         groups=tuple(_list(fields, "groups", 1, GROUPS_MAX, _layer_count)),
         planes=planes,
-        pipeline=tuple(_list(fields, "pipeline", 1, STAGES_MAX, _stage)),
+        pipeline=pipeline,
         artefacts=tuple(_list(fields, "artefacts", 0, STAGES_MAX, _artefact)),
         distortion=_distortion(fields, len(planes)),
         behind=_behind(fields.get("behind")),
+        profile=profile_id(pipeline),
     )
     if (header.tokens == 0) != (header == blob_header(header.key)):
         raise FrameCorruptError("header: an opaque blob, and only that, has no tokens")

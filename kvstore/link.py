@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 PATH = "/v1/link"
-PROTOCOL = "kvstore-link/1"
+PROTOCOL = "kvstore-link/2"
 """What the `Upgrade` header says; another version of the messages is another protocol."""
 
 MESSAGE_BYTES = 16

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from kvstore.errors import ProfileError
-from kvstore.header import LEVELS_MAX, STAGES_MAX, StageSpec
+from kvstore.header import LEVELS_MAX, STAGES_MAX, StageSpec, is_lossless, profile_id
 
 VERSION = 1
 """Of the JSON; a reader refuses others."""
@@ -84,6 +84,16 @@ class Profile:
     artefacts: tuple[str, ...]
     encode_s_per_gb: float
     levels: tuple[Level, ...]
+
+    @property
+    def id(self) -> bytes:
+        """What frames that it made say of it; see `kvstore.header.profile_id`."""
+        return profile_id(self.pipeline)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all levels together decode to every bit."""
+        return is_lossless(self.pipeline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +35,11 @@ from kvstore.codecs.registry import STAGES
 from kvstore.codecs.stage import TORCH_DTYPES, is_context
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, blob_frame, pack_frame
+from kvstore.header import LOSSLESS_STAGES, profile_id
 from kvstore.keys import chunk_keys
 from kvstore.layout import ITEM_BYTES, Layout, PlaneSpec, attention_layout
+from kvstore.profile import Level, Profile, Quality
+from kvstore.profile_sets import DEFAULT, read_set
 from tests.codec_cases import (
     BARE,
     BFLOAT16_ONLY,
@@ -505,6 +509,26 @@ def test_bytes_that_no_encoder_writes_still_decode_within_bounds() -> None:
 
 def test_every_stage_is_listed_under_its_name() -> None:
     assert all(stage.name == name for name, stage in STAGES.items())
+
+
+def test_a_storage_node_knows_which_stages_are_lossless() -> None:
+    assert {name for name, stage in STAGES.items() if stage.lossless} == LOSSLESS_STAGES - {"blob"}
+
+
+@pytest.mark.parametrize("name", ["raw", "ladder-packed"])
+def test_a_frame_tells_which_profile_made_it(name: str) -> None:
+    pipeline = named_pipeline(name)
+    header = encode(planes_like(LAYOUT), LAYOUT, pipeline, key=KEY).head.header
+    level = Level(2.0, 0.1, {"text-256": Quality(0.0, 0.0, 0.0, 1.0, 8)})
+    written = json.loads(json.dumps([dict(stage) for stage in pipeline.spec]))
+    profile = Profile("p01", tuple(written), (), 0.1, (level,) * header.levels)
+    assert header.profile == profile.id
+    assert header.lossless is profile.lossless is pipeline.lossless
+
+
+def test_every_default_profile_is_written_as_its_frames_say_it() -> None:
+    for profile in read_set(Path(DEFAULT)).profiles:
+        assert profile_id(build_pipeline(profile.pipeline).spec) == profile.id
 
 
 def _forged(**change: Any) -> Frame:

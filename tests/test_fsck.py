@@ -390,6 +390,20 @@ def _make_format_1(data_dir: Path, frames: Sequence[Frame]) -> None:
                 txn.put(frame.key + bytes([level]), view, db=databases["levels"])
 
 
+def _make_format_2(data_dir: Path, frames: Sequence[Frame]) -> None:
+    """A directory as version 2 wrote it: records without profiles, each chunk behind the one before."""
+    _make_format_1(data_dir, frames)
+    with _changing(data_dir) as (txn, databases):
+        txn.put(b"format", b"kvstore lmdb 2", db=databases["meta"])
+        parent = bytes(32)
+        for number, frame in enumerate(frames):
+            numbers = (frame.levels, frame.head.header.levels, 0, len(frame.head.raw), 256, 256 * number)
+            record = struct.pack("<16sBBBxIIQ32s", frame.id, *numbers, parent)
+            sizes = struct.pack(f"<{frame.levels}Q", *(len(view) for view in frame.payload))
+            txn.put(frame.key, record + sizes, db=databases["index"])
+            parent = frame.key[16:]
+
+
 def _format_1_frames(number: int = 6) -> list[Frame]:
     large = make_frame(make_key(100), (200_000, 3 << 20))
     return [large, *(make_frame(make_key(n), (5000, 3000)).truncated(n % 2) for n in range(number - 1))]
@@ -425,6 +439,25 @@ def test_origins_are_known_after_format_1_was_brought_up_to_date(tmp_path: Path)
         return found
 
     assert asyncio.run(tokens()) == {256}
+
+
+def test_what_follows_what_is_kept_when_format_2_is_brought_up_to_date(tmp_path: Path) -> None:
+    frames = _format_1_frames()
+    _make_format_2(tmp_path, frames)
+    assert run_fsck(tmp_path, dry_run=True)["damage"] == {Damage.RECORD_OLD.value: 6}
+    assert run_fsck(tmp_path, dry_run=False)["status"] == "mended"
+    assert run_fsck(tmp_path, dry_run=True)["status"] == "clean"
+
+    async def known() -> tuple[list[ChunkKey | None], set[bytes]]:
+        backend = await LmdbBackend.open(tmp_path / "lmdb", BUDGET_BYTES)
+        parents = [backend._index.origin(frame.key).parent for frame in frames]
+        profiles = {held.copy.profile async for _, held in backend.scan()}
+        await backend.aclose()
+        return parents, profiles
+
+    parents, profiles = asyncio.run(known())
+    assert parents == [None, *(frame.key for frame in frames[:-1])]
+    assert profiles == {frame.head.header.profile for frame in frames}
 
 
 # Kills

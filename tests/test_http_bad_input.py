@@ -180,7 +180,7 @@ async def test_an_unknown_route_is_a_problem(guarded: Server, path: str) -> None
 
 async def test_an_upgrade_that_a_proxy_did_not_pass_on_stays_http(guarded: Server) -> None:
     # aiohttp leaves `Connection` out of its own accord.
-    await guarded.refused("GET", "/v1/link", 426, "upgrade-required", headers={"Upgrade": "kvstore-link/1"})
+    await guarded.refused("GET", "/v1/link", 426, "upgrade-required", headers={"Upgrade": "kvstore-link/2"})
 
 
 async def test_a_namespace_cannot_be_read(guarded: Server) -> None:

@@ -384,7 +384,7 @@ async def test_who_waits_for_a_link_waits_no_longer_than_was_said() -> None:
     assert [type(error) for error in asked] == [BackendUnavailableError] * 3
 
 
-SHAPES = [Copy("host", 1024, (62_720, 5), 3), Copy("disk é", 64, (1 << 39,), 1, True)]
+SHAPES = [Copy("host", 1024, (62_720, 5), 3), Copy("disk é", 64, (1 << 39,), 1, True, True, b"a profil")]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from kvstore.backends.parking import Parking
 from kvstore.backends.policies import Load, Origin, Policies
 from kvstore.backends.warmth import Chunk, Queue, Warmth
 from kvstore.errors import BackendFullError
-from kvstore.frame import Frame
+from kvstore.frame import Frame, Head
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 
 _WHOLE_SHARE = 0.005
@@ -33,10 +33,18 @@ shared_copy = lru_cache(maxsize=4096)(Copy)
 
 def held_from(tier: str, frame: Frame) -> Held:
     """What a tier holds once it has stored `frame`."""
-    header = frame.head.header
-    level_bytes = frame.head.level_bytes[: frame.levels]
+    return held_of(tier, frame.head, frame.levels)
+
+
+def held_of(tier: str, head: Head, levels: int) -> Held:
+    """What a tier holds of the frame with this head."""
+    header = head.header
     inexact = header.behind is not None
-    return Held(frame.id, shared_copy(tier, len(frame.head.raw), level_bytes, header.levels, inexact))
+    level_bytes = head.level_bytes[:levels]
+    return Held(
+        head.id,
+        shared_copy(tier, len(head.raw), level_bytes, header.levels, inexact, header.lossless, header.profile),
+    )
 
 
 class Move(NamedTuple):
@@ -71,8 +79,8 @@ def copy_bytes(copy: Copy) -> int:
 
 def shortened(held: Held, levels: int) -> Held:
     """What is held once only so many levels are left."""
-    tier, head_bytes, level_bytes, whole_levels, inexact = held.copy
-    return Held(held.frame_id, shared_copy(tier, head_bytes, level_bytes[:levels], whole_levels, inexact))
+    tier, head_bytes, level_bytes, *rest = held.copy
+    return Held(held.frame_id, shared_copy(tier, head_bytes, level_bytes[:levels], *rest))
 
 
 class Index:

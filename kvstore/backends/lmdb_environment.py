@@ -12,8 +12,8 @@ import lmdb
 from kvstore.backends.lmdb_pages import check_pages
 from kvstore.errors import BackendError, BackendFullError, ConfigError
 
-FORMAT = b"kvstore lmdb 2"
-OLD_FORMATS = (b"kvstore lmdb 1", b"kvstore lmdb 1 to 2")
+FORMAT = b"kvstore lmdb 3"
+OLD_FORMATS = (b"kvstore lmdb 1", b"kvstore lmdb 1 to 2", b"kvstore lmdb 2", b"kvstore lmdb to 3")
 """What `kvstore fsck` brings up to `FORMAT`; the last one stands there while it does so."""
 
 Transaction = lmdb.Transaction

@@ -19,6 +19,7 @@ from kvstore.backends.lmdb_records import (
     is_old_record,
     joined,
     level_suffix,
+    old_origin,
     pack_record,
     unpack_record,
 )
@@ -229,8 +230,10 @@ def _judge_levels(lying: Lying, head: Head) -> Verdict:
     if frame is None:
         return Verdict(damage, quarantine=True)
     record = _value(lying.records)
-    found = None if record is None else unpack_record(_TIER, ChunkKey(lying.key), record)
-    origin = Origin(head.header.tokens, head.header.first_position, found[1].parent if found else None)
+    key = ChunkKey(lying.key)
+    found = None if record is None else unpack_record(_TIER, key, record)
+    known = found[1] if found else old_origin(key, record) if record is not None else None
+    origin = Origin(head.header.tokens, head.header.first_position, known.parent if known else None)
     expected = pack_record(held_from(_TIER, frame), origin)
     if record is None:
         damage.append(Damage.RECORD_MISSING)

@@ -18,7 +18,7 @@ from kvstore.backends.index import shared_copy
 from kvstore.backends.policies import Origin
 from kvstore.buffers import allocate
 from kvstore.frame import HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX
-from kvstore.header import LEVELS_MAX
+from kvstore.header import LEVELS_MAX, PROFILE_ID_BYTES
 from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey, split_key
 
 PAGE_BYTES = 4096
@@ -26,8 +26,10 @@ PAGE_HEADER_BYTES = 16
 PART_BYTES = (64 << 10) - PAGE_HEADER_BYTES
 """Payload bytes of a part: with the header of its first page it fills whole pages."""
 
-_RECORD = struct.Struct("<16sBBBxIIQ32s")
-_OLD_RECORD = struct.Struct("<16sBBBxI")
+_RECORD = struct.Struct(f"<16sBB??IIQ32s{PROFILE_ID_BYTES}s")
+_RECORD_1 = struct.Struct("<16sBBBxI")
+_RECORD_2 = struct.Struct("<16sBBBxIIQ32s")
+"""Of the formats before, which said less."""
 _NO_PARENT = bytes(DIGEST_BYTES)
 _LEVEL_SIZE = struct.Struct("<Q")
 
@@ -91,10 +93,12 @@ def pack_record(held: Held, origin: Origin) -> bytes:
             len(copy.level_bytes),
             copy.levels,
             copy.inexact,
+            copy.lossless,
             copy.head_bytes,
             origin.tokens,
             origin.first_position,
             parent,
+            copy.profile,
         )
         + sizes
     )
@@ -102,23 +106,36 @@ def pack_record(held: Held, origin: Origin) -> bytes:
 
 def unpack_record(tier: str, key: ChunkKey, record: memoryview) -> tuple[Held, Origin] | None:
     """What an index record says; None where it is none."""
-    if len(record) < _RECORD.size:
+    if not _is(_RECORD, record):
         return None
-    frame_id, held_levels, levels, inexact, head_bytes, tokens, first_position, parent = _RECORD.unpack_from(record)
-    if len(record) != _RECORD.size + held_levels * _LEVEL_SIZE.size or not 0 < held_levels <= levels:
+    frame_id, held_levels, levels, inexact, lossless, head_bytes, *place, profile = _RECORD.unpack_from(record)
+    if not 0 < held_levels <= levels:
         return None
     level_bytes = tuple(size for (size,) in _LEVEL_SIZE.iter_unpack(record[_RECORD.size :]))
     if levels > LEVELS_MAX or head_bytes > HEAD_BYTES_MAX or sum(level_bytes) > PAYLOAD_BYTES_MAX:
         return None
-    # A prompt's chunks lie in one namespace.
-    parent_key = None if parent == _NO_PARENT else ChunkKey(key[:NAMESPACE_BYTES] + parent)
-    held = Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, bool(inexact)))
-    return held, Origin(tokens, first_position, parent_key)
+    held = Held(frame_id, shared_copy(tier, head_bytes, level_bytes, levels, inexact, lossless, profile))
+    return held, _origin(key, *place)
 
 
 def is_old_record(record: memoryview) -> bool:
-    """Whether this is a record of format 1, which said less."""
-    return len(record) >= _OLD_RECORD.size and len(record) == _OLD_RECORD.size + record[16] * _LEVEL_SIZE.size
+    """Whether this is a record of format 1 or 2."""
+    return _is(_RECORD_1, record) or _is(_RECORD_2, record)
+
+
+def old_origin(key: ChunkKey, record: memoryview) -> Origin | None:
+    """Where a chunk stands in its prompt, as a record of format 2 says; format 1 did not."""
+    return _origin(key, *_RECORD_2.unpack_from(record)[5:]) if _is(_RECORD_2, record) else None
+
+
+def _is(kind: struct.Struct, record: memoryview) -> bool:
+    """Whether a record is as long as this kind is with so many levels as it says."""
+    return len(record) >= kind.size and len(record) == kind.size + record[16] * _LEVEL_SIZE.size
+
+
+def _origin(key: ChunkKey, tokens: int, first_position: int, parent: bytes) -> Origin:
+    # A prompt's chunks lie in one namespace.
+    return Origin(tokens, first_position, None if parent == _NO_PARENT else ChunkKey(key[:NAMESPACE_BYTES] + parent))
 
 
 def _pages_bytes(size_bytes: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib3.exceptions import HTTPError
 
 from kvstore.backend import Held, check_copy
-from kvstore.backends.index import shared_copy
+from kvstore.backends.index import held_of
 from kvstore.backends.s3_calls import ChangedError, Deadline, ForeignError
 from kvstore.buffers import allocate
 from kvstore.errors import BackendError, BackendUnavailableError, FrameCorruptError, LayoutMismatchError
@@ -118,9 +118,7 @@ class ReadFrame:
         frame = Frame(head, tuple(payload))
         if payload:
             check_copy(key, frame)
-        inexact = head.header.behind is not None
-        copy = shared_copy(self._tier, head_end, head.level_bytes[:levels], head.header.levels, inexact)
-        return Found(frame, Held(head.id, copy), self.etag)
+        return Found(frame, held_of(self._tier, head, levels), self.etag)
 
     def close(self) -> None:
         """Give the connection back; one with unread bytes is closed."""

@@ -166,12 +166,16 @@ def _match_json(found: Match) -> dict[str, object]:
 
 
 def _run_json(copy: Copy, count: int) -> dict[str, object]:
-    return {"count": count, **copy._asdict()}
+    return {"count": count, **_copy_json(copy)}
 
 
 def _chunk_json(digest: bytes, held: Held) -> dict[str, object]:
     frame_id = None if held.frame_id is None else held.frame_id.hex()
-    return {"digest": digest.hex(), "frame_id": frame_id, **held.copy._asdict()}
+    return {"digest": digest.hex(), "frame_id": frame_id, **_copy_json(held.copy)}
+
+
+def _copy_json(copy: Copy) -> dict[str, object]:
+    return {**copy._asdict(), "profile": copy.profile.hex()}
 
 
 def _stored_json(stored: Stored) -> dict[str, object]:
