@@ -101,7 +101,11 @@ def parse_missing(text: bytes) -> list[str]:
 
 def parse_match(keys: int, text: bytes) -> Match:
     """The match that a JSON answer tells about so many keys."""
-    answer = load_answer(text)
+    return match_of_answer(keys, load_answer(text))
+
+
+def match_of_answer(keys: int, answer: Answer) -> Match:
+    """The same from its fields."""
     held: list[Held] = []
     for run in answer["runs"]:
         held += [Held(None, _parse_copy(run))] * _checked_run(int(run["count"]), keys - len(held))

@@ -193,7 +193,7 @@ class Client:
         if namespace is None:
             raise BackendError(self.name, "a server lists one namespace at a time: name it")
         query = {"namespace": namespace.hex()}
-        while page := await self._ask("GET", "/v1/scan", query, None, partial(parse_page, namespace)):
+        while page := await self.ask("GET", "/v1/scan", query, None, partial(parse_page, namespace)):
             for found in page:
                 yield found
             query["after"] = page[-1][0][NAMESPACE_BYTES:].hex()
@@ -201,7 +201,7 @@ class Client:
     async def profiles(self, namespace: bytes) -> ProfileSet | None:
         """The profiles that were pushed for a namespace, None where none were."""
         try:
-            return await self._ask("GET", f"/v1/profiles/{namespace.hex()}", {}, None, load_profiles)
+            return await self.ask("GET", f"/v1/profiles/{namespace.hex()}", {}, None, load_profiles)
         except NoProfilesError:
             return None
 
@@ -215,10 +215,10 @@ class Client:
         """
         path = f"/v1/profiles/{namespace.hex()}"
         data = json.dumps(profiles_json(found)).encode()
-        missing = await self._ask("PUT", path, {}, Views([memoryview(data)], "application/json"), parse_missing)
+        missing = await self.ask("PUT", path, {}, Views([memoryview(data)], "application/json"), parse_missing)
         for digest in missing:
             body = Views([memoryview(artefacts[digest])], "application/octet-stream")
-            await self._ask("PUT", f"{path}/artefacts/{digest}", {}, body, parse_nothing)
+            await self.ask("PUT", f"{path}/artefacts/{digest}", {}, body, parse_nothing)
 
     async def aclose(self) -> None:
         if self._links is not None:
@@ -248,9 +248,9 @@ class Client:
                 pass
             else:
                 return self._parse(path, unpack, self._checked(path, status, answer))
-        return await self._ask("POST", path, query, body, parse, more_s=more_s)
+        return await self.ask("POST", path, query, body, parse, more_s=more_s)
 
-    async def _ask(
+    async def ask(
         self,
         method: str,
         path: str,
@@ -259,10 +259,12 @@ class Client:
         parse: Callable[[bytes], T],
         *,
         more_s: float = 0.0,
+        answer_bytes_max: int = _ANSWER_BYTES_MAX,
     ) -> T:
         """An answer over HTTP, parsed."""
         async with self._request(method, path, query, body, self._timeout_s + more_s) as response:
-            return self._parse(path, parse, b"" if response.status == 204 else await _read(response))
+            text = b"" if response.status == 204 else await _read(response, answer_bytes_max)
+            return self._parse(path, parse, text)
 
     def _parse(self, path: str, parse: Callable[[bytes], T], text: bytes) -> T:
         try:
@@ -385,8 +387,8 @@ class Client:
         return self._sessions[waits]
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    body = BodyReader(response.content, _ANSWER_BYTES_MAX, response.content_length)
+async def _read(response: aiohttp.ClientResponse, bytes_max: int = _ANSWER_BYTES_MAX) -> bytes:
+    body = BodyReader(response.content, bytes_max, response.content_length)
     return b"".join([bytes(part) async for part in body.parts()])
 
 

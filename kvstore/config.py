@@ -58,6 +58,9 @@ class ServerConfig:
         body_bytes_max: Largest body of one request.
         inflight_bytes_max: Bytes of bodies that may be in receipt at one time.
         write_behind_bytes: Bytes that may wait for the disk tier, and for S3, before puts are refused with 503.
+        quality_budget_nats: Largest quality loss of what is fetched, where a request names none.
+        decision_log: File to which decisions are written with their reasons and outcomes; none writes none.
+        decision_log_bytes: Size from which on the file is begun anew; the one before is kept beside it.
         scrub_bytes_per_s: Rate at which what is stored is read and verified in the background; 0 never does.
         body_timeout_s: A body must arrive at 1 MB/s after this many seconds.
         wait_s_max: Longest time that a request may wait for chunks.
@@ -97,6 +100,9 @@ class ServerConfig:
     body_bytes_max: int = 256 * 2**20
     inflight_bytes_max: int = 2**30
     write_behind_bytes: int = 512 * 2**20
+    quality_budget_nats: float = 0.01
+    decision_log: Path | None = None
+    decision_log_bytes: int = 64 * 2**20
     scrub_bytes_per_s: int = 8 * 2**20
     body_timeout_s: float = 30.0
     wait_s_max: float = 60.0
@@ -123,6 +129,8 @@ class ServerConfig:
         self._check_s3()
         if self.body_bytes_max < 2**10:
             raise ConfigError(f"body_bytes_max must be at least 1KiB, not {self.body_bytes_max} bytes")
+        if self.decision_log_bytes < 2**16:
+            raise ConfigError(f"decision_log_bytes must be at least 64KiB, not {self.decision_log_bytes}")
         if min(self.waiters_max, self.tenant_waiters_max) < 0:
             raise ConfigError("waiters_max and tenant_waiters_max must be 0 (nobody may wait) or more")
         if "" in self.tenants:
@@ -276,6 +284,16 @@ def _positive(value: object) -> float:
     return number
 
 
+def _nats(value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError as exc:
+        raise ConfigError(f"{value!r} is not a number") from exc
+    if not 0 <= number <= 1e3:
+        raise ConfigError(f"{value!r} must be a number of nats from 0 to 1000")
+    return number
+
+
 def _boolean(value: object) -> bool:
     text = str(value).lower()
     if text not in {"true", "false", "1", "0", "yes", "no"}:
@@ -296,6 +314,8 @@ _CONVERTERS: Mapping[str, Callable[[object], object]] = {
     "s3_path_style": _boolean,
     "s3_threads": _integer,
     "shrink_level": _integer,
+    "quality_budget_nats": _nats,
+    "decision_log": _path,
     "waiters_max": _integer,
     "tenant_waiters_max": _integer,
     "insecure": _boolean,

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+_DECISION_SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.005)
+
 
 class Metrics:
     """Everything that kvstore counts; `/metrics` shows it."""
@@ -49,6 +51,23 @@ class Metrics:
         self.waits = self._counter("kvstore_waits", "Requests that waited for chunks, by how that ended.", ("outcome",))
         self.waiting = self._gauge("kvstore_waiting", "Requests that wait for chunks.", ())
         self.fetching_bytes = self._gauge("kvstore_fetching_bytes", "Bytes of chunks that fetches hold.", ())
+        self.decisions = self._counter(
+            "kvstore_decisions",
+            "Plans made, by what was asked and what is to be done.",
+            ("operation", "action", "reason"),
+        )
+        self.decision_seconds = Histogram(
+            "kvstore_decision_seconds",
+            "Time that a decision takes, the look-up not counted.",
+            buckets=_DECISION_SECONDS,
+            registry=self.registry,
+        )
+        self.outcomes = self._counter(
+            "kvstore_outcomes", "Outcomes that clients have reported, by whether something was learned.", ("result",)
+        )
+        self.given_up = self._gauge(
+            "kvstore_posteriors_given_up", "Times that what was learned of an arm was given up for the model.", ()
+        )
         self.queued_bytes = self._gauge("kvstore_write_behind_bytes", "Bytes waiting to be written.", ("tier",))
 
     def render(self) -> bytes:

@@ -6,6 +6,7 @@ Chunks are encoded and decoded in threads while others are on their way.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from itertools import takewhile
 import torch
 
 from kvstore.backend import Ack, Backend, Held, Match, Miss, Reason, Stored
+from kvstore.client import Client
 from kvstore.codecs import Context, Pipeline, Planes, decode, encode
 from kvstore.codecs.importance import token_importance
 from kvstore.codecs.ref.predict import HISTORY
 from kvstore.codecs.stage import TORCH_DTYPES
 from kvstore.errors import BackendError, FrameError, PipelineError
+from kvstore.fetch import fetch_run
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
@@ -39,12 +42,14 @@ class Put:
         held_tokens: Tokens of the leading chunks that were there before and were not encoded again.
         stored: The answer for every other chunk, in order.
         size_bytes: Bytes of the frames that were sent.
+        encoding_s: Seconds in which anything was encoded.
     """
 
     tokens: int
     held_tokens: int
     stored: list[Stored]
     size_bytes: int
+    encoding_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Prefix:
         levels: Number of quality levels of every chunk.
         size_bytes: Bytes of the frames that were received for these tokens.
         miss: Why it ends before the prompt's last full chunk, None where it does not.
+        arrived_s: Seconds from the start of the fetch to the last byte.
+        decoding_s: Seconds of the fetch in which anything was decoded.
     """
 
     tokens: int
@@ -64,6 +71,8 @@ class Prefix:
     levels: list[int]
     size_bytes: int
     miss: Miss | None
+    arrived_s: float = 0.0
+    decoding_s: float = 0.0
 
 
 async def match_prefix(backend: Backend, layout: Layout, token_ids: Sequence[int], *, salt: bytes = b"") -> Match:
@@ -109,10 +118,13 @@ async def put_prefix(
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0
     batch: list[tuple[ChunkKey, Frame]] = []
-    encoder = await asyncio.to_thread(_Encoder, layout, planes, pipeline, token_ids, len(keys))
+    encoding = _Busy()
+    with encoding:
+        encoder = await asyncio.to_thread(_Encoder, layout, planes, pipeline, token_ids, len(keys))
     async with _plain_errors(), asyncio.TaskGroup() as group:
         for number in range(held, len(keys)):
-            frame = await asyncio.to_thread(encoder.encode, keys[number], number)
+            with encoding:
+                frame = await asyncio.to_thread(encoder.encode, keys[number], number)
             size_bytes += frame.size_bytes
             batch.append((keys[number], frame))
             if sum(frame.size_bytes for _, frame in batch) >= _BATCH_BYTES or number == len(keys) - 1:
@@ -121,7 +133,7 @@ async def put_prefix(
                 tasks.append(group.create_task(_put_batch(backend, batch, ack, gate)))
                 batch = []
     stored = [result for task in tasks for result in task.result()]
-    return Put(len(keys) * layout.chunk_tokens, held * layout.chunk_tokens, stored, size_bytes)
+    return Put(len(keys) * layout.chunk_tokens, held * layout.chunk_tokens, stored, size_bytes, encoding.total_s)
 
 
 async def get_prefix(
@@ -133,6 +145,8 @@ async def get_prefix(
     salt: bytes = b"",
     wait_s: float = 0.0,
     deadline_s: float | None = None,
+    stop_s: float | None = None,
+    match: Match | None = None,
     artefacts: Mapping[str, bytes] | None = None,
 ) -> Prefix:
     """Fetch and decode the longest leading run of chunks of a prompt.
@@ -146,6 +160,9 @@ async def get_prefix(
         wait_s: Time to wait for chunks that somebody is about to put, such as a prefill node; backends that cannot
             wait are asked at once.
         deadline_s: After this many seconds what is complete so far is returned, with the miss `deadline`.
+        stop_s: After this many seconds nothing more is received, and every chunk is decoded at the levels that are
+            complete by then; only from a server, which sends coarse levels first.
+        match: What is held, where that is known already.
         artefacts: Calibration artefacts by digest.
 
     Raises:
@@ -153,10 +170,10 @@ async def get_prefix(
         PipelineError: A frame needs a stage or an artefact that is not here.
     """
     keys = chunk_keys(layout, token_ids, salt=salt)
-    fetch = _Fetch(backend, layout, keys, token_ids, level, wait_s, artefacts or {})
+    fetch = _Fetch(backend, layout, keys, token_ids, level, artefacts or {})
     try:
         async with asyncio.timeout(deadline_s):
-            await fetch.run()
+            await fetch.run(match or await fetch.match(wait_s), stop_s)
     except TimeoutError:
         fetch.give_up(Miss(Reason.DEADLINE))
     return fetch.result()
@@ -172,7 +189,6 @@ class _Fetch:
         keys: Sequence[ChunkKey],
         token_ids: Sequence[int],
         level: int | None,
-        wait_s: float,
         artefacts: Mapping[str, bytes],
     ) -> None:
         self._backend = backend
@@ -180,24 +196,31 @@ class _Fetch:
         self._keys = keys
         self._token_ids = token_ids
         self._level = level
-        self._wait_s = wait_s
         self._artefacts = artefacts
         self._gate = asyncio.Semaphore(_CONCURRENCY)
         self._done: list[Frame | Miss | None] = []
         self._end: Miss | None = None
         self._planes: dict[str, torch.Tensor] = {}
+        self._started_s = self._arrived_s = time.monotonic()
+        self._decoding = _Busy()
 
-    async def run(self) -> None:
-        held, self._end = await self._match()
+    async def run(self, match: Match, stop_s: float | None) -> None:
+        """Fetch and decode what is held."""
+        held, self._end = match
+        self._started_s = time.monotonic()
         self._done = [None] * len(held)
         self._planes = _empty(self._layout, len(held) * self._layout.chunk_tokens)
         async with _plain_errors(), asyncio.TaskGroup() as group:
-            for batch in _batches(held, self._level):
-                group.create_task(self._fetch(batch))
+            if stop_s is not None and isinstance(self._backend, Client):
+                group.create_task(self._stream(self._backend, len(held), stop_s))
+            else:
+                for batch in _batches(held, self._level):
+                    group.create_task(self._fetch(batch))
 
-    async def _match(self) -> Match:
-        if self._wait_s and isinstance(self._backend, Waits):
-            return await self._backend.wait(self._keys, self._wait_s)
+    async def match(self, wait_s: float) -> Match:
+        """What is held, after waiting for it."""
+        if wait_s and isinstance(self._backend, Waits):
+            return await self._backend.wait(self._keys, wait_s)
         return await self._backend.match(self._keys)
 
     def give_up(self, miss: Miss) -> None:
@@ -219,6 +242,8 @@ class _Fetch:
             [frame.levels for frame in frames],
             sum(frame.size_bytes for frame in frames),
             self._end,
+            self._arrived_s - self._started_s,
+            self._decoding.total_s,
         )
 
     async def _fetch(self, batch: range) -> None:
@@ -229,8 +254,23 @@ class _Fetch:
             except BackendError as exc:
                 log.warning("fetching %d chunks failed: %s", len(keys), exc)
                 answers = [Miss(Reason.BREAKER)] * len(keys)
+            self._arrived_s = time.monotonic()
             for number, answer in zip(batch, answers, strict=True):
-                self._done[number] = await asyncio.to_thread(self._decode, number, answer)
+                await self._take(number, answer)
+
+    async def _stream(self, client: Client, held: int, stop_s: float) -> None:
+        """Fetch coarse levels of all chunks first, and stop at a time."""
+        fetched = await fetch_run(client, self._keys[:held], level=self._level, deadline_s=stop_s)
+        self._arrived_s = time.monotonic()
+        missing = held - len(fetched.frames)
+        answers: list[Frame | Miss] = [*fetched.frames, *[fetched.miss or Miss(Reason.DEADLINE)] * missing]
+        async with asyncio.TaskGroup() as group:
+            for number, answer in enumerate(answers):
+                group.create_task(self._take(number, answer))
+
+    async def _take(self, number: int, answer: Frame | Miss) -> None:
+        with self._decoding:
+            self._done[number] = await asyncio.to_thread(self._decode, number, answer)
 
     def _decode(self, number: int, answer: Frame | Miss) -> Frame | Miss:
         if isinstance(answer, Miss):
@@ -247,6 +287,25 @@ class _Fetch:
             log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
             return Miss(Reason.CORRUPT)
         return answer
+
+
+class _Busy:
+    """How long anything was under way: entered and left by tasks that overlap."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self._count = 0
+        self._since_s = 0.0
+
+    def __enter__(self) -> None:
+        if not self._count:
+            self._since_s = time.monotonic()
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.total_s += time.monotonic() - self._since_s
 
 
 def _batches(held: Sequence[Held], level: int | None) -> Iterator[range]:

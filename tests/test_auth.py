@@ -59,6 +59,13 @@ def _request(method: str, path: str) -> dict[str, Any]:
     """A request that the route answers, when it may."""
     if path == "/v1/put":
         return {"data": batch_bytes(frame_bytes(make_frame(KEY))), "headers": {"Content-Type": BATCH_TYPE}}
+    if path == "/v1/plan":
+        context = {"chunk_bytes": 1 << 20, "chunk_tokens": 256}
+        asked = {"op": "get", "namespace": NAMESPACE, "digests": KEY[16:].hex(), "context": context}
+        return {"data": json.dumps(asked).encode(), "headers": {"Content-Type": "application/json"}}
+    if path == "/v1/observe":
+        said = {"decision": "0" * 16, "took_s": 1.0}
+        return {"data": json.dumps(said).encode(), "headers": {"Content-Type": "application/json"}}
     if method == "PUT" and path.startswith("/v1/profiles/"):
         # A set of them, or an artefact that none of them needs.
         kind = "application/octet-stream" if "artefacts" in path else "application/json"

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kvstore.controller.controller import Controller, Situation
+from kvstore.controller.controller import Controller, Ignored, Pending, Situation
 from kvstore.controller.decisions import line_of, outcome_line, read_log, replay
 from kvstore.controller.estimators import octave
 from kvstore.controller.latency import Link, Rates, Volume, compute_terms, fetch_terms
@@ -44,7 +44,7 @@ def _controller(clock: Clock, *, explores: bool = False) -> Controller:
 def _tell(controller: Controller, clock: Clock, client: str, arm: Arm, took_s: float, tenant: str = "t") -> None:
     decision = controller.decide(_situation(client, tenant), [arm], Wish(math.inf))
     clock.now_s += took_s
-    assert controller.observe(decision.id, took_s, tenant=tenant) is not None
+    assert isinstance(controller.observe(decision.id, took_s, tenant=tenant), Pending)
 
 
 def test_it_learns_what_its_model_gets_wrong() -> None:
@@ -86,26 +86,26 @@ def test_times_that_the_clock_finds_impossible_teach_nothing(took_s: float) -> N
     controller = _controller(clock)
     decision = controller.decide(_situation(), ARMS, WISH)
     clock.now_s += 1.0
-    assert controller.observe(decision.id, took_s, tenant="t", at_least_s=0.01) is None
-    assert controller.ignored.implausible == 1
+    assert isinstance(controller.observe(decision.id, took_s, tenant="t", at_least_s=0.01), Ignored)
+    assert controller.ignored[Ignored.IMPLAUSIBLE] == 1
     assert not controller.save()
 
 
 def test_unknown_old_and_foreign_reports_are_counted() -> None:
     clock = Clock()
     controller = _controller(clock)
-    assert controller.observe(7, 1.0, tenant="t") is None
+    assert isinstance(controller.observe(7, 1.0, tenant="t"), Ignored)
     decision = controller.decide(_situation(), ARMS, WISH)
     clock.now_s += 1.0
-    assert controller.observe(decision.id, 1.0, tenant="other") is None
-    assert controller.observe(decision.id, 1.0, tenant="t") is not None
+    assert isinstance(controller.observe(decision.id, 1.0, tenant="other"), Ignored)
+    assert isinstance(controller.observe(decision.id, 1.0, tenant="t"), Pending)
     # Once is enough.
-    assert controller.observe(decision.id, 1.0, tenant="t") is None
-    assert controller.ignored.unknown == 3
+    assert isinstance(controller.observe(decision.id, 1.0, tenant="t"), Ignored)
+    assert controller.ignored[Ignored.UNKNOWN] == 3
     late = controller.decide(_situation(), ARMS, WISH)
     clock.now_s += 3600.0
-    assert controller.observe(late.id, 1.0, tenant="t") is None
-    assert controller.ignored.old == 1
+    assert isinstance(controller.observe(late.id, 1.0, tenant="t"), Ignored)
+    assert controller.ignored[Ignored.OLD] == 1
 
 
 def test_what_was_learned_survives_a_restart() -> None:
@@ -129,7 +129,7 @@ def test_one_tenant_takes_no_memory_from_another() -> None:
     for number in range(5000):
         controller.decide(_situation(f"link {number}", "greedy"), ARMS[:1], WISH)
     assert controller.pending < 4200
-    assert controller.observe(first.id, 1.0, tenant="t") is not None
+    assert isinstance(controller.observe(first.id, 1.0, tenant="t"), Pending)
     clock.now_s += 3600.0
     # What nobody reports on is forgotten with time, too.
     controller.decide(_situation("link", "greedy"), ARMS, WISH)

@@ -6,9 +6,10 @@ what that client is told, and what all clients have in common is the median over
 """
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from random import Random
 from secrets import randbits
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ class Decision:
     def report(self) -> dict[str, Any]:
         """As JSON, terms included."""
         return {
-            "id": self.id,
+            "id": f"{self.id:016x}",
             "situation": self.situation._asdict(),
             "budget_nats": _finite(self.wish.budget_nats),
             "deadline_s": _finite(self.wish.deadline_s),
@@ -83,6 +84,7 @@ class Decision:
                     "loss_nats": one.arm.loss_nats,
                     "mean_s": one.mean_s,
                     "drawn_s": one.drawn_s,
+                    "later_s": one.arm.later_s,
                     "terms": one.arm.terms.report(),
                 }
                 for one in self.choice.prospects
@@ -91,13 +93,14 @@ class Decision:
         }
 
 
-@dataclass
-class Ignored:
-    """Reports that taught nothing, by why."""
+class Ignored(StrEnum):
+    """Why a report taught nothing."""
 
-    unknown: int = 0
-    old: int = 0
-    implausible: int = 0
+    UNKNOWN = "unknown"
+    """There is no such decision, it was reported on before, or it was another tenant's."""
+    OLD = "old"
+    IMPLAUSIBLE = "implausible"
+    """It took longer than the decision is old, or less than this server was busy with it."""
 
 
 class Pending(NamedTuple):
@@ -108,12 +111,14 @@ class Pending(NamedTuple):
         arm: The arm that was taken.
         expected_s: What the model said of it.
         time_s: When.
+        note: What whoever asked wanted to be told again.
     """
 
     situation: Situation
     arm: str
     expected_s: float
     time_s: float
+    note: Any = None
 
 
 @dataclass
@@ -139,12 +144,19 @@ class Controller:
     random: Random = field(default_factory=Random)
     policy: Policy = field(default_factory=Budgeted)
     explores: bool = True
-    ignored: Ignored = field(default_factory=Ignored)
+    ignored: Counter[Ignored] = field(default_factory=Counter)
     _votes: Votes = field(default_factory=Votes)
     _tenants: dict[str, _Tenant] = field(default_factory=dict)
 
     def decide(
-        self, situation: Situation, arms: Sequence[Arm], wish: Wish, *, wire: float = 1.0, hope: float = 1.0
+        self,
+        situation: Situation,
+        arms: Sequence[Arm],
+        wish: Wish,
+        *,
+        wire: float = 1.0,
+        hope: float = 1.0,
+        note: Callable[[str], Any] | None = None,
     ) -> Decision:
         """Choose among arms.
 
@@ -156,6 +168,7 @@ class Controller:
                 arms.
             hope: How much slower it may be, below 1, where little is known of it. Who computes finds out nothing of
                 the link, so that is only done where a fetch would not pay even then.
+            note: Makes of the arm that is taken what `observe` gives back with it.
 
         Raises:
             ValueError: No arm is within the budget.
@@ -169,11 +182,12 @@ class Controller:
         # A number that cannot be guessed: a report is taken from whoever knows it.
         decision = Decision(randbits(63), situation, wish, choice, self.clock())
         arm = choice.arm
-        tenant.pending[decision.id] = Pending(situation, arm.name, arm.terms.total_s, decision.time_s)
+        noted = None if note is None else note(arm.name)
+        tenant.pending[decision.id] = Pending(situation, arm.name, arm.terms.total_s, decision.time_s, noted)
         self._forget(tenant, decision.time_s)
         return decision
 
-    def observe(self, number: int, took_s: float, *, tenant: str, at_least_s: float = 0.0) -> Pending | None:
+    def observe(self, number: int, took_s: float, *, tenant: str, at_least_s: float = 0.0) -> Pending | Ignored:
         """Learn what came of a decision.
 
         Args:
@@ -183,20 +197,17 @@ class Controller:
             at_least_s: Seconds that this server itself was busy with it.
 
         Returns:
-            What was decided, or None where nothing was learned; `ignored` counts why.
+            What was decided, or why nothing was learned; `ignored` counts that.
         """
         held = self._tenants.get(tenant)
         decided = None if held is None else held.pending.pop(number, None)
         if held is None or decided is None:
-            self.ignored.unknown += 1
-            return None
+            return self._ignore(Ignored.UNKNOWN)
         elapsed_s = self.clock() - decided.time_s
         if elapsed_s > _PENDING_S:
-            self.ignored.old += 1
-            return None
+            return self._ignore(Ignored.OLD)
         if not (0 < took_s <= elapsed_s + _CLOCK_SLACK_S) or took_s < at_least_s:
-            self.ignored.implausible += 1
-            return None
+            return self._ignore(Ignored.IMPLAUSIBLE)
         situation, arm = decided.situation, decided.arm
         prior = self._prior(situation, arm)
         residual = held.bandit.observe(situation, arm, decided.expected_s, took_s, prior)
@@ -233,6 +244,10 @@ class Controller:
                 mean = found.posterior().mean
                 self._votes.cast(situation.tenant, situation.link, situation.shared, arm, mean)
 
+    def _ignore(self, why: Ignored) -> Ignored:
+        self.ignored[why] += 1
+        return why
+
     def _tenant(self, name: str) -> _Tenant:
         return renewed(self._tenants, name, _TENANTS_MAX, lambda: _Tenant(Bandit(self.random)))
 
@@ -244,9 +259,9 @@ class Controller:
 
     def _prospect(self, tenant: _Tenant, situation: Situation, arm: Arm, wire: float) -> Prospect:
         mean, drawn = tenant.bandit.look(situation, arm.name, self._prior(situation, arm.name))
-        mean_s = mean * arm.terms.total_s
+        mean_s = mean * arm.terms.total_s + arm.later_s
         factor = drawn if self.explores else mean
-        return Prospect(arm, mean_s, factor * arm.terms.slower("wire", wire).total_s)
+        return Prospect(arm, mean_s, factor * arm.terms.slower("wire", wire).total_s + arm.later_s)
 
     def _prior(self, situation: Situation, arm: str) -> float:
         """Log-residual that other clients have seen."""

@@ -22,11 +22,13 @@ class Arm(NamedTuple):
         name: `exact`, `recompute`, or a profile and a level, such as `p03-klt/1`.
         loss_nats: Quality loss on prompts of this length and kind; infinite where nobody has measured it.
         terms: What it is expected to take.
+        later_s: What it is expected to make later transfers take, as a put does; chosen by, but never observed.
     """
 
     name: str
     loss_nats: float
     terms: Terms
+    later_s: float = 0.0
 
 
 class Wish(NamedTuple):

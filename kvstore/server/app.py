@@ -15,6 +15,7 @@ from kvstore.server.batch import BatchRoutes
 from kvstore.server.chunk import ChunkRoutes
 from kvstore.server.fetch import FetchRoutes
 from kvstore.server.linked import LinkRoutes
+from kvstore.server.plan import PlanRoutes
 from kvstore.server.problems import Handler, problems
 from kvstore.server.profiles import ProfileRoutes, ProfileStore
 from kvstore.server.receive import Receiver
@@ -30,17 +31,17 @@ class Running:
 
     def __init__(self) -> None:
         self.ready = False
-        self._count = 0
+        self.count = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __enter__(self) -> None:
-        self._count += 1
+        self.count += 1
         self._idle.clear()
 
     def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if self._count == 0:
+        self.count -= 1
+        if self.count == 0:
             self._idle.set()
 
     async def wait_idle(self, timeout_s: float) -> None:
@@ -75,14 +76,16 @@ def create_app(
     chunk = ChunkRoutes(tenants, receiver, sender, waiting)
     batch = BatchRoutes(tenants, receiver, sender, waiting)
     fetch = FetchRoutes(tenants, receiver, sender, waiting, config, metrics)
-    profiles = ProfileRoutes(tenants, receiver, ProfileStore(config.data_dir / "profiles"))
+    store = ProfileStore(config.data_dir / "profiles")
+    profiles = ProfileRoutes(tenants, receiver, store)
+    plans = PlanRoutes(tenants, receiver, waiting, store, config, metrics, lambda: running.count)
     links = LinkRoutes(tenants, receiver, batch, config, metrics, running)
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         stack = await open_stack()
         chunk.backend = batch.backend = stack
-        fetch.stack = waiting.stack = whole.stack = status.stack = stack
-        async with running_scrubber(stack, config, metrics):
+        fetch.stack = waiting.stack = whole.stack = status.stack = plans.stack = stack
+        async with running_scrubber(stack, config, metrics), plans.running():
             running.ready = True
             yield
         await stack.aclose()
@@ -94,7 +97,7 @@ def create_app(
     app.cleanup_ctx.append(life)
     app.on_shutdown.append(links.shutdown)
     app.on_response_prepare.append(sign)
-    for group in (status, chunk, batch, fetch, whole, profiles, links):
+    for group in (status, chunk, batch, fetch, whole, profiles, plans, links):
         app.add_routes(group.routes())
     return app
 

@@ -59,7 +59,7 @@ class BatchRoutes:
         wait_s = wait_of(request)
         asked = await self._asked(request)
         await self._waiting.until_held(request, asked.tenant, asked.stored, wait_s)
-        return web.json_response(_match_json(await self.backend.match(asked.stored)))
+        return web.json_response(match_json(await self.backend.match(asked.stored)))
 
     async def get(self, request: web.Request) -> web.StreamResponse:
         """Frames and misses in the order of the keys; fewer than asked for where the answer gets too large."""
@@ -156,7 +156,8 @@ class BatchRoutes:
         return min(len(held) + 1, len(keys))
 
 
-def _match_json(found: Match) -> dict[str, object]:
+def match_json(found: Match) -> dict[str, object]:
+    """A match as answers have it, run-length coded."""
     held, miss = found
     return {
         "matched": len(held),

@@ -6,11 +6,14 @@ They are files in the data directory, one folder for a namespace: few, small bes
 import asyncio
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 
 from aiohttp import web
 
+from kvstore.controller.losses import Losses
+from kvstore.controller.tables import renewed
 from kvstore.errors import BackendFullError, KVStoreError, NoProfilesError, ProfileError
 from kvstore.files import write_whole
 from kvstore.inspection import artefact_report
@@ -24,6 +27,9 @@ PATH = "/v1/profiles/{namespace}"
 ARTEFACT_PATH = PATH + "/artefacts/{digest}"
 _JSON = "application/json"
 _BYTES = "application/octet-stream"
+_LOSSES_MAX = 1024
+
+log = logging.getLogger(__name__)
 
 
 class ProfileStore:
@@ -35,6 +41,18 @@ class ProfileStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._losses: dict[bytes, Losses | None] = {}
+
+    def losses(self, namespace: bytes) -> Losses | None:
+        """The set of a namespace, to look up what its levels lose; kept in memory, as every plan asks for it."""
+        if namespace not in self._losses:
+            try:
+                found = self.get(namespace)
+            except (OSError, ProfileError) as exc:
+                log.warning("the profiles of %s cannot be read: %s", namespace.hex(), exc)
+                found = None
+            renewed(self._losses, namespace, _LOSSES_MAX, lambda: None if found is None else Losses(found))
+        return self._losses[namespace]
 
     def put(self, namespace: bytes, found: ProfileSet) -> list[str]:
         """Keep a set in place of the one before; artefacts that no profile needs any more are deleted.
@@ -47,6 +65,7 @@ class ProfileStore:
         """
         folder = self._folder / namespace.hex()
         self._write(folder / SET_FILE, json.dumps(profiles_json(found)).encode())
+        self._losses.pop(namespace, None)
         for file in folder.iterdir():
             if file.name not in (SET_FILE, *found.artefacts):
                 file.unlink(missing_ok=True)
@@ -63,6 +82,7 @@ class ProfileStore:
     def delete(self, namespace: bytes) -> None:
         """Forget the set of a namespace and its artefacts."""
         shutil.rmtree(self._folder / namespace.hex(), ignore_errors=True)
+        self._losses.pop(namespace, None)
 
     def missing(self, namespace: bytes, found: ProfileSet) -> list[str]:
         """Digests of artefacts that a set needs and that are not here."""
