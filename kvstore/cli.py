@@ -17,6 +17,8 @@ from kvstore.errors import ConfigError, KVStoreError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_POLICIES = "recorded, expected, model, best-static, or static:ARM; may be given more than once (the first four)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="measure a model on text, for the pipelines that need it"))
     _add_profile(commands.add_parser("profile", help="find the compression profiles of a model, from text"))
     _add_profiles(commands.add_parser("profiles", help="list, show and push sets of profiles"))
+    _add_decisions(commands.add_parser("decisions", help="explain and replay what a server has planned"))
     _add_inspect(commands.add_parser("inspect", help="show and verify a frame or a calibration artefact"))
     _add_fsck(commands.add_parser("fsck", help="verify the disk tier of a server that does not run, and mend it"))
     return parser
@@ -149,6 +152,23 @@ def _add_profiles(parser: argparse.ArgumentParser) -> None:
     pushing.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for each file (%(default)s)")
     pushing.set_defaults(run=_push_profiles)
     for verb in (listing, showing, pushing):
+        verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_decisions(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    explaining = verbs.add_parser("explain", help="say what a plan was chosen from, and why")
+    explaining.add_argument("id", metavar="ID", help="16 digits, as the plan names them")
+    default = os.environ.get("KVSTORE_DECISION_LOG")
+    explaining.add_argument(
+        "--log", type=Path, required=default is None, default=default, help="the server's decision_log"
+    )
+    explaining.set_defaults(run=_explain_decision)
+    replaying = verbs.add_parser("replay", help="say what other policies would have lost on the same plans")
+    replaying.add_argument("log", type=Path, metavar="LOG", help="the server's decision_log")
+    replaying.add_argument("--policy", action="append", metavar="NAME", help=_POLICIES, dest="policies")
+    replaying.set_defaults(run=_replay_decisions)
+    for verb in (explaining, replaying):
         verb.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -301,6 +321,22 @@ def _push_profiles(args: argparse.Namespace) -> int:
     )
     said = f"{report['profiles']} profiles and {report['artefacts']} artefacts pushed for {report['namespace']}"
     _show(args, report, lambda: [said])
+    return 0
+
+
+def _explain_decision(args: argparse.Namespace) -> int:
+    from kvstore.hindsight import explain, explain_table
+
+    found = explain(args.log, args.id)
+    _show(args, found, lambda: [explain_table(found)])
+    return 0
+
+
+def _replay_decisions(args: argparse.Namespace) -> int:
+    from kvstore.hindsight import replay_all, replay_table
+
+    found = replay_all(args.log, args.policies or ())
+    _show(args, found, lambda: [replay_table(found)])
     return 0
 
 

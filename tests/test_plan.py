@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvstore.backend import Ack, Miss, Reason
+from kvstore.cli import main
 from kvstore.client import Client
 from kvstore.codecs import build_pipeline, named_pipeline
 from kvstore.controller.controller import Controller
@@ -209,6 +210,44 @@ async def test_decisions_are_logged_with_their_outcomes(start: Start, tmp_path: 
     await server.stop()
     found = read_log(log)
     assert [(one.arm, one.took_s) for one in found] == [("ladder/1", 0.01), ("ladder", None), ("ladder/1", None)]
+
+
+async def test_a_log_is_explained_and_replayed(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    server = await start(decision_log=log)
+    await fill(server)
+    async with Client(server.url) as client:
+        service = Service(client)
+        for deadline_s in (None, 50.0):
+            plan, _ = await service.plan_get(KEYS, CONTEXT._replace(deadline_s=deadline_s))
+            await asyncio.sleep(0.01)
+            await service.observe(plan, Outcome(0.01))
+    await server.stop()
+    assert plan.decision is not None
+    assert main(["decisions", "explain", plan.decision, "--log", str(log)]) == 0
+    shown = capsys.readouterr().out
+    assert "ladder/2 (quality): it took 10 ms" in shown
+    assert "Beyond the budget: ladder/0" in " ".join(shown.split())
+    assert main(["decisions", "explain", plan.decision, "--log", str(log), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["arms"][0]["terms"]["stages_s"].keys() == {"read", "wire", "copy", "decode"}
+    assert main(["decisions", "replay", str(log)]) == 0
+    assert "best-static" in capsys.readouterr().out
+    assert main(["decisions", "replay", str(log), "--policy", "static:ladder/1", "--policy", "model", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["decisions"], report["outcomes"]) == (2, 2)
+    assert [row["policy"] for row in report["policies"]] == ["static:ladder/1", "model"]
+    assert report["policies"][0]["same"] == 0.5
+    for wrong, says in (
+        (["explain", "0" * 16, "--log", str(log)], "no decision"),
+        (["explain", plan.decision, "--log", str(tmp_path / "none")], "cannot read"),
+        (["replay", str(tmp_path / "none")], "cannot read"),
+        (["replay", str(log), "--policy", "luck"], "no policy 'luck'"),
+    ):
+        assert main(["decisions", *wrong]) == 2
+        assert says in capsys.readouterr().err
 
 
 async def test_a_log_that_is_long_begins_anew(start: Start, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Recorded:
         wish: What was asked.
         prospects: All arms, those beyond the budget left out.
         arm: Name of the one that was taken.
+        reason: Why it was.
+        refused: Names of the arms beyond the budget.
         took_s: What came of it; None where nobody said.
     """
 
@@ -40,6 +42,8 @@ class Recorded:
     wish: Wish
     prospects: tuple[Prospect, ...]
     arm: str
+    reason: str
+    refused: tuple[str, ...]
     took_s: float | None = None
 
 
@@ -192,6 +196,8 @@ def _recorded(record: Mapping[str, Any]) -> Recorded:
         Wish(_limit(record["budget_nats"]), _limit(record["deadline_s"])),
         tuple(_prospects(record["arms"])),
         str(record["arm"]),
+        str(record["reason"]),
+        tuple(str(name) for name in record["refused"]),
     )
 
 
