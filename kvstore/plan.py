@@ -81,6 +81,7 @@ class Plan(NamedTuple):
         arm: Name of what was chosen.
         expected_s: What it is expected to take; None where nobody knows.
         codec_s: Time of that in which chunks are decoded, or encoded.
+        loss_nats: Quality loss of what is fetched, or of the finest level of what is put.
         pipeline: How to encode; None for what is configured.
         artefacts: Digests of the calibration artefacts that encoding or decoding needs.
     """
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
     arm: str | None = None
     expected_s: float | None = None
     codec_s: float = 0.0
+    loss_nats: float | None = None
     pipeline: tuple[StageSpec, ...] | None = None
     artefacts: tuple[str, ...] = ()
 
@@ -149,6 +151,7 @@ def parse_plan(fields: Mapping[str, Any]) -> Plan:
         ValueError, KeyError, TypeError, AttributeError: It is none.
     """
     level, pipeline, expected_s = fields["level"], fields["pipeline"], fields["expected_s"]
+    loss_nats = fields["loss_nats"]
     if level is not None and not (type(level) is int and 0 <= level < LEVELS_MAX):
         raise ValueError(f"there is no level {level!r}")
     if pipeline is not None and not (
@@ -162,6 +165,7 @@ def parse_plan(fields: Mapping[str, Any]) -> Plan:
         None if fields["arm"] is None else str(fields["arm"]),
         None if expected_s is None else float(expected_s),
         float(fields["codec_s"]),
+        None if loss_nats is None else float(loss_nats),
         None if pipeline is None else tuple(pipeline),
         tuple(str(digest) for digest in fields["artefacts"]),
     )

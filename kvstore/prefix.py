@@ -25,6 +25,7 @@ from kvstore.fetch import fetch_run
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
+from kvstore.stopwatch import Stopwatch
 from kvstore.tiers.arrivals import Waits
 
 _BATCH_BYTES = 8 << 20
@@ -118,7 +119,7 @@ async def put_prefix(
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0
     batch: list[tuple[ChunkKey, Frame]] = []
-    encoding = _Busy()
+    encoding = Stopwatch()
     with encoding:
         encoder = await asyncio.to_thread(_Encoder, layout, planes, pipeline, token_ids, len(keys))
     async with _plain_errors(), asyncio.TaskGroup() as group:
@@ -202,7 +203,7 @@ class _Fetch:
         self._end: Miss | None = None
         self._planes: dict[str, torch.Tensor] = {}
         self._started_s = self._arrived_s = time.monotonic()
-        self._decoding = _Busy()
+        self._decoding = Stopwatch()
 
     async def run(self, match: Match, stop_s: float | None) -> None:
         """Fetch and decode what is held."""
@@ -287,25 +288,6 @@ class _Fetch:
             log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
             return Miss(Reason.CORRUPT)
         return answer
-
-
-class _Busy:
-    """How long anything was under way: entered and left by tasks that overlap."""
-
-    def __init__(self) -> None:
-        self.total_s = 0.0
-        self._count = 0
-        self._since_s = 0.0
-
-    def __enter__(self) -> None:
-        if not self._count:
-            self._since_s = time.monotonic()
-        self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if not self._count:
-            self.total_s += time.monotonic() - self._since_s
 
 
 def _batches(held: Sequence[Held], level: int | None) -> Iterator[range]:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 from kvstore.answers import load_answer, match_of_answer, parse_nothing
 from kvstore.backend import Match
 from kvstore.client import Client
+from kvstore.controller.tables import renewed
 from kvstore.errors import BackendError, BackendUnavailableError, KVStoreError, PipelineError
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.plan import Action, Context, Outcome, Plan, context_json, outcome_json, parse_plan
 from kvstore.questions import WAIT_MS_MAX, Views
 
 _OLD_SERVER_S = 60.0
+_NAMESPACES_MAX = 256
 _ARTEFACT_BYTES_MAX = 4 << 30
 _JSON = "application/json"
 
@@ -36,12 +38,14 @@ class Service:
     Args:
         client: Talks to the server; stays the caller's.
         name: What tells this client from others at its address; made up by default.
+        static_s: How long a namespace is believed to have no profiles.
     """
 
-    def __init__(self, client: Client, *, name: str | None = None) -> None:
+    def __init__(self, client: Client, *, name: str | None = None, static_s: float = 10.0) -> None:
         self._client = client
         self._name = name or token_hex(8)
-        self._none_until_s = 0.0
+        self._static_s = static_s
+        self._static_until_s: dict[str, float] = {}
         self._artefacts: dict[str, bytes] = {}
         self._fetching = asyncio.Lock()
 
@@ -65,9 +69,10 @@ class Service:
             "wait_ms": min(round(1000 * wait_s), WAIT_MS_MAX),
         }
         answer = await self._ask(question, context, partial(_planned_get, len(keys)), wait_s)
-        if answer is not None:
-            return answer
-        return Plan(Action.STATIC), await self._client.wait(keys, wait_s)
+        if answer is None:
+            return Plan(Action.STATIC), await self._client.wait(keys, wait_s)
+        self._note(question, answer[0])
+        return answer
 
     async def plan_put(self, namespace: bytes, chunks: int, context: Context) -> Plan:
         """How to encode chunks that are about to be put.
@@ -76,8 +81,10 @@ class Service:
             BackendError: The server cannot be asked.
         """
         question = {"op": "put", "namespace": namespace.hex(), "chunks": chunks}
-        answer = await self._ask(question, context, _planned_put, 0.0)
-        return Plan(Action.STATIC) if answer is None else answer
+        plan = await self._ask(question, context, _planned_put, 0.0)
+        if plan is not None:
+            self._note(question, plan)
+        return plan or Plan(Action.STATIC)
 
     async def observe(self, plan: Plan, outcome: Outcome) -> None:
         """Tell the server what came of a plan. What cannot be told is only not learned from."""
@@ -102,6 +109,11 @@ class Service:
                     self._artefacts[digest] = await self._artefact(namespace, digest)
             return dict(self._artefacts)
 
+    def _note(self, question: dict[str, Any], plan: Plan) -> None:
+        """Where nothing is planned, a look-up on a link is faster than asking for a plan."""
+        if plan.action is Action.STATIC:
+            self._pause(question["namespace"], self._static_s)
+
     async def _artefact(self, namespace: bytes, digest: str) -> bytes:
         path = f"/v1/profiles/{namespace.hex()}/artefacts/{digest}"
         try:
@@ -117,8 +129,9 @@ class Service:
     async def _ask(
         self, question: dict[str, Any], context: Context, parse: Callable[[bytes], T], wait_s: float
     ) -> T | None:
-        """A plan, or None from a server that knows none."""
-        if time.monotonic() < self._none_until_s:
+        """An answer; None from a server that plans nothing for this namespace, which is not asked again for a while."""
+        namespace = question["namespace"]
+        if time.monotonic() < self._static_until_s.get(namespace, 0.0):
             return None
         body = {**question, "client": self._name, "context": context_json(context)}
         try:
@@ -126,9 +139,13 @@ class Service:
         except BackendUnavailableError:
             raise
         except BackendError as exc:
-            log.warning("the server does not plan, which is not asked for again for a minute: %s", exc)
-            self._none_until_s = time.monotonic() + _OLD_SERVER_S
+            log.warning("the server does not plan, and is not asked to for a minute: %s", exc)
+            self._pause(namespace, _OLD_SERVER_S)
             return None
+
+    def _pause(self, namespace: str, pause_s: float) -> None:
+        renewed(self._static_until_s, namespace, _NAMESPACES_MAX, float)
+        self._static_until_s[namespace] = time.monotonic() + pause_s
 
 
 def _planned_get(keys: int, text: bytes) -> tuple[Plan, Match]:

@@ -294,8 +294,8 @@ def test_contexts_outcomes_and_plans_come_back_from_their_json() -> None:
     assert parse_outcome(json.loads(json.dumps(outcome_json(outcome)))) == outcome
     for plan in (
         Plan(Action.STATIC),
-        Plan(Action.FETCH, "0" * 16, 1, "fine/1", 0.5, 0.1, None, ("a" * 64,)),
-        Plan(Action.PUT, "f" * 16, None, "fine", 0.5, 0.1, ({"stage": "raw"},)),
+        Plan(Action.FETCH, "0" * 16, 1, "fine/1", 0.5, 0.1, 0.01, None, ("a" * 64,)),
+        Plan(Action.PUT, "f" * 16, None, "fine", 0.5, 0.1, None, ({"stage": "raw"},)),
     ):
         assert parse_plan(json.loads(json.dumps(plan_json(plan)))) == plan
 

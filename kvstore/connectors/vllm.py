@@ -40,6 +40,7 @@ from kvstore.connectors.vllm_scheduler import SchedulerSide
 from kvstore.connectors.vllm_start import check_server, check_version, log_open
 from kvstore.connectors.vllm_worker import WorkerSide
 from kvstore.errors import KVStoreError
+from kvstore.service import Service
 from kvstore.tiers import TieredBackend
 
 _LATENCY_S = 0.003
@@ -303,6 +304,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._counters,
                 delivers=not self._kv_transfer_config.is_kv_consumer,
                 announces=announces,
+                service=Service(client) if options.plan else None,
             )
             return
         check_server(options, client, layouts[0], self._background)

@@ -9,7 +9,8 @@ from kvstore.codecs import Pipeline, named_pipeline
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.config import parse_size, parse_url
 from kvstore.connectors.paged import check_chunk_tokens
-from kvstore.errors import ConfigError, PipelineError
+from kvstore.errors import ConfigError, PipelineError, RequestError
+from kvstore.plan import NATS_MAX, label
 
 _LEVEL_MAX = 15
 
@@ -32,6 +33,9 @@ class Options:
         wait_s: Time that a request with `do_remote_prefill` waits for the chunks that a prefill engine is about to put.
         queue_bytes: Memory for chunks that wait to be encoded and sent; what does not fit is not stored.
         flush_s: Time that unsent chunks get at shutdown.
+        plan: Whether loads and saves go as the server plans them, where profiles were pushed for the model.
+        budget_nats: Largest quality loss of planned loads; the server's default by default.
+        workload: Kind of text, as in the buckets that quality was measured in.
         guard: Whether a fetch that is expected to take longer than computing is left out.
         revision: Identity of the weights; by default a digest of them, or the commit of a Hugging Face model.
         fail_open: Whether the engine runs without the cache where this cannot work; else it does not start.
@@ -51,6 +55,9 @@ class Options:
     wait_s: float = 5.0
     queue_bytes: int = 512 << 20
     flush_s: float = 2.0
+    plan: bool = True
+    budget_nats: float | None = None
+    workload: str = "text"
     guard: bool = True
     revision: str | None = None
     fail_open: bool = True
@@ -141,6 +148,19 @@ def _seconds(value: object) -> float:
     return float(value)
 
 
+def _nats(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= NATS_MAX:
+        raise ConfigError(f"it must be a number of nats from 0 to {NATS_MAX:g}")
+    return float(value)
+
+
+def _workload(value: object) -> str:
+    try:
+        return label(value, "it")
+    except RequestError as exc:
+        raise ConfigError(str(exc)) from exc
+
+
 def _queue(value: object) -> int:
     size_bytes = parse_size(value)
     if size_bytes < 1 << 20:
@@ -166,6 +186,9 @@ _CONVERTERS: Mapping[str, Callable[[object], Any]] = {
     "wait_s": _seconds,
     "queue_bytes": _queue,
     "flush_s": _seconds,
+    "plan": _boolean,
+    "budget_nats": _optional(_nats),
+    "workload": _workload,
     "guard": _boolean,
     "revision": _optional(_text),
     "fail_open": _boolean,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from kvstore.codecs.ref.predict import HISTORY
+from kvstore.connectors.paged import KL_UNKNOWN_NATS
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey
 
@@ -14,6 +15,8 @@ COUNTERS: Mapping[str, str] = {
     "queries": "Requests whose prefix was looked up.",
     "matched_tokens": "Tokens that were found stored beyond the local cache.",
     "refused_tokens": "Tokens that the guard left to the engine because fetching was expected to take longer.",
+    "planned_loads": "Loads that the server planned.",
+    "planned_tokens": "Tokens that the server planned to be computed although they are stored.",
     "unasked_requests": "Requests that were not looked up because fetching all of them was expected to take longer.",
     "skipped_requests": "Requests whose KV depends on what is not in the key; neither stored nor served.",
     "loads": "Loads that ended.",
@@ -100,11 +103,17 @@ class Load(Run):
         skip: Leading blocks that the engine holds already; they are not written.
         end: Blocks behind this one are not written.
         level: Highest quality level to fetch; None for all that are held.
+        planned: Whether the server planned it, so that lossy chunks may be used.
+        loss_nats: Bound of the quality loss.
+        artefacts: Digests of the calibration artefacts that decoding needs.
     """
 
     skip: int = 0
     end: int = 0
     level: int | None = None
+    planned: bool = False
+    loss_nats: float = KL_UNKNOWN_NATS
+    artefacts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class Loaded:
         size_bytes: Bytes received.
         took_s: Seconds from its start to its end.
         arrived_s: Seconds from its start until the last bytes had come.
+        decoding_s: Seconds in which anything was decoded and written.
     """
 
     chunks: int
@@ -156,6 +166,7 @@ class Loaded:
     size_bytes: int
     took_s: float
     arrived_s: float = 0.0
+    decoding_s: float = 0.0
 
 
 @dataclass

@@ -12,6 +12,7 @@ from kvstore.connectors.vllm_plan import Load, Loaded, worst
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey, chunk_keys
 from kvstore.layout import Layout
+from kvstore.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,12 @@ class Found:
     Args:
         keys: Keys of the full chunks that were asked for.
         held: The leading run that each shard's store holds.
+        plan: What the server says to do; None where that is left to the connector.
     """
 
     keys: Keys = ()
     held: tuple[Sequence[Held], ...] = ()
+    plan: Plan | None = None
 
     @property
     def chunks(self) -> int:
@@ -69,7 +72,8 @@ class Tracked:
         asked_s: When it was looked up.
         load_began_s: When the load under way was decided.
         level: Highest quality level to load; None for all that are held.
-        left: Whether the guard left it to the engine, before it was looked up or behind that.
+        left: Whether it was left to the engine, before it was looked up or behind that.
+        plan: What the server said to do.
     """
 
     request: Any
@@ -88,6 +92,20 @@ class Tracked:
     load_began_s: float = 0.0
     level: int | None = None
     left: bool = False
+    plan: Plan | None = None
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What a load as it is planned has beside its run."""
+        if self.plan is None:
+            return {"level": self.level}
+        loss_nats = KL_UNKNOWN_NATS if self.plan.loss_nats is None else self.plan.loss_nats
+        return {"level": self.plan.level, "planned": True, "loss_nats": loss_nats, "artefacts": self.plan.artefacts}
+
+    @property
+    def fetch_level(self) -> int | None:
+        """Highest level to load now."""
+        return self.level if self.plan is None else self.plan.level
 
     def keys_to(self, last: int, layouts: Sequence[Layout]) -> Keys:
         """Keys of at least `last` leading chunks."""

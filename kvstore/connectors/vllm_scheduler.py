@@ -4,7 +4,6 @@ It runs in the engine's scheduling loop, so it never waits: look-ups run in the 
 the engine is told to ask again. It knows the engine only by the attributes that it reads.
 """
 
-import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
@@ -17,22 +16,21 @@ from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.guard import Guard
 from kvstore.connectors.vllm_events import Change, Events
+from kvstore.connectors.vllm_inquiries import LOST, Inquiries
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import IDLE_WAIT_S, Counters, Load, Loaded, Report, Save, Step, pack_tokens, worst
 from kvstore.connectors.vllm_requests import Found, LossyBlocks, Tracked, is_keyed, level_of
 from kvstore.connectors.vllm_scout import Scout
 from kvstore.header import Behind
-from kvstore.keys import ChunkKey, chunk_keys
+from kvstore.keys import ChunkKey
 from kvstore.layout import Layout
+from kvstore.plan import Action
 
 _REFUSED_S = 60.0
 _REFUSED_MAX = 1 << 14
 _STEPS_MAX = 16
 _PAUSE_S = (1.0, 30.0)
 """First and longest pause after a look-up that found no server."""
-
-_LOST = ("absent", "corrupt", "identity")
-"""Reasons for which a load ended because the server does not hold a chunk."""
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +92,7 @@ class SchedulerSide:
         self._lossy = LossyBlocks()
         self._paused_until_s = 0.0
         self._pause_s = _PAUSE_S[0]
+        self._inquiries = Inquiries(options, layouts, client, background, guard)
         self._scout = Scout(client, background, guard, clock)
         self._token_bytes: dict[int | None, float] = {}
         self._ask_s = 0.0
@@ -141,7 +140,7 @@ class SchedulerSide:
         run = self._run(tracked, first, last, block_ids)
         skip = (start - first * self._chunk_tokens) // self._block_tokens
         stop = (end - first * self._chunk_tokens) // self._block_tokens
-        tracked.loading = Load(**run, skip=skip, end=stop, level=tracked.level)
+        tracked.loading = Load(**run, skip=skip, end=stop, **tracked.planned)
         tracked.load_began_s = self._clock()
         self._loads.append(tracked.loading)
         self._counters.add("matched_tokens", external_tokens)
@@ -196,7 +195,9 @@ class SchedulerSide:
             self._aborted.append(request.request_id)
         if tracked is not None and tracked.left and self._clock() >= self._paused_until_s:
             token_ids = list(request.all_token_ids[: request.num_prompt_tokens])
-            self._scout.look(partial(self._ask, token_ids, tracked.salt, 0.0), tracked.level)
+            self._scout.look(partial(self._inquiries.ask, token_ids, tracked.salt), tracked.level)
+        if tracked is not None:
+            self._inquiries.ended(tracked)
 
     def take_changes(self) -> list[Change]:
         """What is to be announced."""
@@ -242,17 +243,12 @@ class SchedulerSide:
             return
         self._counters.add("queries")
         tracked.asked_s = self._clock()
-        tracked.lookup = self._background.submit(self._ask(token_ids, tracked.salt, self._wait_s(tracked.request)))
+        asked = (tracked.salt, self._wait_s(tracked.request), self._inquiries.context(tracked))
+        tracked.lookup = self._background.submit(self._inquiries.ask(token_ids, *asked))
 
     def _wait_s(self, request: Any) -> float:
         """How long to wait for chunks that another engine is about to put: only where the request says one is."""
         return self._options.wait_s if (request.kv_transfer_params or {}).get("do_remote_prefill") else 0.0
-
-    async def _ask(self, token_ids: Sequence[int], salt: bytes, wait_s: float) -> Found:
-        keys = tuple(tuple(chunk_keys(layout, token_ids, salt=salt)) for layout in self._layouts)
-        async with asyncio.timeout(self._options.match_s + wait_s):
-            matches = await asyncio.gather(*(self._client.wait(shard, wait_s) for shard in keys))
-        return Found(keys, tuple(match.held for match in matches))
 
     def _answer(self, tracked: Tracked) -> Found | None:
         """The answer of the look-up; None while there is none."""
@@ -286,14 +282,19 @@ class SchedulerSide:
         tokens = end * self._chunk_tokens - computed_tokens
         if tokens <= 0:
             return 0
-        size_bytes = found.size_bytes(first, end, tracked.level)
+        tracked.plan = found.plan
+        size_bytes = found.size_bytes(first, end, tracked.fetch_level)
         self._token_bytes[tracked.level] = size_bytes / ((end - first) * self._chunk_tokens)
         rest_tokens = len(tracked.request.all_token_ids) - computed_tokens - tokens
-        if self._options.guard and not self._guard.worth(tokens, size_bytes, rest_tokens):
-            self._counters.add("refused_tokens", tokens)
+        if found.plan is not None:
+            leaves, counter = found.plan.action is Action.RECOMPUTE, "planned_tokens"
+        else:
+            leaves = self._options.guard and not self._guard.worth(tokens, size_bytes, rest_tokens)
+            counter = "refused_tokens"
+        if leaves:
+            self._counters.add(counter, tokens)
             tracked.left = True
-            return 0
-        return tokens
+        return 0 if leaves else tokens
 
     def _usable(self, found: Found, first: int) -> int:
         """End of the leading run without a chunk that could not be used a little while ago."""
@@ -344,13 +345,15 @@ class SchedulerSide:
         results, tracked.results = tracked.results, []
         tracked.loading = None
         chunks = min(result.chunks for result in results)
-        self._observe_load(load, results, self._clock() - tracked.load_began_s)
+        self._scout.fetched()
+        self._counters.add("planned_loads", int(load.planned))
+        self._inquiries.loaded(tracked, load, results, self._clock() - tracked.load_began_s)
         tracked.saved = load.first + chunks
         # A load that failed once is not tried again, or a request could wait for ever.
         tracked.may_load = chunks == load.chunks
         if chunks < load.chunks:
             self._refuse(load, chunks, results)
-            if self._events is not None and any(result.reason in _LOST for result in results):
+            if self._events is not None and any(result.reason in LOST for result in results):
                 self._events.lost(tracked.request, load, chunks)
         behind = worst(result.behind for result in results)
         if behind is not None and chunks:
@@ -386,15 +389,3 @@ class SchedulerSide:
             now = self._clock()
             self._guard.observe_step(tokens, now - max(began_s, self._step_ended_s))
             self._step_ended_s = now
-
-    def _observe_load(self, load: Load, results: Sequence[Loaded], took_s: float) -> None:
-        """Learn from a load; what all workers fetched came over one link, and the slowest one counts."""
-        self._scout.fetched()
-        slowest = max(results, key=lambda result: result.took_s)
-        self._guard.observe_fetch(
-            sum(result.size_bytes for result in results),
-            took_s,
-            tokens=min(result.chunks for result in results) * self._chunk_tokens,
-            arrived_s=slowest.arrived_s,
-            whole=all(result.chunks == load.chunks or result.reason in _LOST for result in results),
-        )

@@ -8,6 +8,7 @@ import torch
 
 from kvstore.connectors.vllm_plan import Load, Save
 from kvstore.header import Behind
+from kvstore.stopwatch import Stopwatch
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Loading:
     size_bytes: int = 0
     arrived_s: float = 0.0
     lossy_chunks: int = 0
+    decoding: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def chunks(self) -> int:

@@ -14,10 +14,11 @@ from threading import Condition
 import torch
 
 from kvstore.backend import Backend, Miss, Outcome, Reason, Stored
-from kvstore.codecs import Context, Planes, decode, encode
+from kvstore.codecs import Context, Pipeline, Planes, decode, encode
 from kvstore.connectors.background import Background, BoundedBytes, codec_threads
-from kvstore.connectors.paged import KL_UNKNOWN_NATS, Pages, derived, empty_planes, gather_layer, is_exact, scatter
+from kvstore.connectors.paged import Pages, derived, empty_planes, gather_layer, is_exact, scatter
 from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
+from kvstore.connectors.vllm_codec import Codec
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import IDLE_WAIT_S, Counters, Load, Loaded, Report, Save, worst
 from kvstore.connectors.vllm_transfers import Loading, Staged
@@ -26,6 +27,7 @@ from kvstore.frame import Frame
 from kvstore.header import Behind
 from kvstore.keys import ChunkKey
 from kvstore.layout import Layout
+from kvstore.service import Service
 
 _BATCH_PUT_BYTES = 8 << 20
 _BATCH_GET_BYTES = 1 << 20
@@ -54,6 +56,7 @@ class WorkerSide:
         counters: Where to count.
         delivers: Whether a prompt must be stored when its step ends, because another engine goes on with it.
         announces: Whether the scheduler wants to know which chunks were stored.
+        service: What plans saves, and has calibration artefacts; None where everything goes as configured.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class WorkerSide:
         *,
         delivers: bool = False,
         announces: bool = False,
+        service: Service | None = None,
     ) -> None:
         self._options = options
         self._layout = layout
@@ -77,9 +81,9 @@ class WorkerSide:
         self._delivers = delivers
         self._announces = announces
         self._saved: dict[ChunkKey, bool] = {}
-        self._pipeline, self._artefacts = options.codec()
-        # A lossy copy is only used where the user chose a lossy pipeline or a level.
-        self._exact_only = self._pipeline.lossless
+        self._codec = Codec(options, layout, background, service)
+        # A lossy copy is only used where the user chose a lossy pipeline or a level, or the server planned it.
+        self._exact_only = self._codec.configured.lossless
         self._pages: Pages | None = None
         self._kernels: KernelDecoder | None = None
         self._chunk_blocks = 0
@@ -102,7 +106,7 @@ class WorkerSide:
     def attach(self, pages: Pages) -> None:
         """Give it the engine's cache."""
         self._pages = pages
-        self._kernels = kernel_decoder(pages, self._layout, self._artefacts)
+        self._kernels = kernel_decoder(pages, self._layout, self._codec.artefacts)
         self._chunk_blocks = self._layout.chunk_tokens // pages.block_tokens
 
     def start_loads(self, loads: Sequence[Load], aborted: Sequence[str] = ()) -> None:
@@ -135,7 +139,8 @@ class WorkerSide:
             first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
             self._invalid.update(load.block_ids[first_bad : load.end])
             arrived_s = loading.arrived_s - loading.started_s if loading.arrived_s else took_s
-            result = Loaded(loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s, arrived_s)
+            ended_so = (loading.chunks, loading.behind, loading.reason, loading.size_bytes)
+            result = Loaded(*ended_so, took_s, arrived_s, loading.decoding.total_s)
             self._report.loads[load.request_id] = [result]
             self._count_load(loading, result)
         return {loading.load.request_id for loading in ended}
@@ -189,6 +194,7 @@ class WorkerSide:
         reason: str | None = "aborted"
         try:
             async with asyncio.timeout(self._options.deadline_s):
+                await self._codec.learn(load.artefacts)
                 for start in range(0, load.chunks, self._get_batch):
                     numbers = range(start, min(start + self._get_batch, load.chunks))
                     tasks.append(asyncio.create_task(self._load_batch(loading, numbers)))
@@ -219,7 +225,9 @@ class WorkerSide:
             for number, key, answer in zip(numbers, keys, answers, strict=True):
                 if isinstance(answer, Miss):
                     return _REASONS.get(answer.reason, "absent")
-                if reason := await asyncio.to_thread(self._place, loading, number, key, answer):
+                with loading.decoding:
+                    reason = await asyncio.to_thread(self._place, loading, number, key, answer)
+                if reason:
                     return reason
         return None
 
@@ -229,13 +237,13 @@ class WorkerSide:
         if header.first_position != (load.first + number) * self._layout.chunk_tokens:
             return "identity"
         exact = is_exact(frame)
-        if not exact and self._exact_only and load.level is None:
+        if not exact and self._exact_only and load.level is None and not load.planned:
             return "lossy"
         token_ids = load.tokens_of(number, self._layout.chunk_tokens)
         try:
             planes = None
             if self._kernels is None or not self._kernels.takes(frame):
-                planes = decode(frame, self._layout, self._artefacts, key=key, token_ids=token_ids)
+                planes = decode(frame, self._layout, self._codec.artefacts, key=key, token_ids=token_ids)
             with loading.lock:
                 if loading.closed:
                     return "aborted"
@@ -244,7 +252,7 @@ class WorkerSide:
                 loading.size_bytes += frame.size_bytes
                 if not exact:
                     loading.lossy_chunks += 1
-                    loading.behind = worst((loading.behind, Behind(frame.levels - 1, KL_UNKNOWN_NATS)))
+                    loading.behind = worst((loading.behind, Behind(frame.levels - 1, load.loss_nats)))
         except (FrameError, PipelineError) as exc:
             log.warning("chunk %d of a prefix cannot be decoded: %s", load.first + number, exc)
             return "corrupt" if isinstance(exc, FrameCorruptError) else "identity"
@@ -326,10 +334,12 @@ class WorkerSide:
     def _store(self, jobs: Sequence[Staged]) -> None:
         """Encode chunks and send them; runs in the encoder's thread."""
         try:
-            items = [self._encode(staged) for staged in jobs]
+            pipeline, plan = self._codec.plan(len(jobs))
+            began_s = time.monotonic()
+            items = [self._encode(staged, pipeline) for staged in jobs]
             for staged in jobs:
                 staged.planes = {}
-            sent = self._background.submit(self._backend.put(items))
+            sent = self._background.submit(self._codec.send(self._backend, items, plan, time.monotonic() - began_s))
         except Exception:
             # Nobody waits for this thread, so whatever happens must be counted here.
             log.exception("%d chunks cannot be encoded", len(jobs))
@@ -338,13 +348,13 @@ class WorkerSide:
             return
         sent.add_done_callback(lambda done: self._stored(jobs, items, done))
 
-    def _encode(self, staged: Staged) -> tuple[ChunkKey, Frame]:
+    def _encode(self, staged: Staged, pipeline: Pipeline) -> tuple[ChunkKey, Frame]:
         save, tokens = staged.save, self._layout.chunk_tokens
         context = Context(
             first_position=(save.first + staged.number) * tokens, token_ids=save.tokens_of(staged.number, tokens)
         )
         key = save.keys[self._rank][staged.number]
-        frame = encode(staged.planes, self._layout, self._pipeline, key=key, context=context)
+        frame = encode(staged.planes, self._layout, pipeline, key=key, context=context)
         return key, frame if save.behind is None else derived(frame, save.behind)
 
     def _stored(

@@ -223,9 +223,9 @@ class PlanRoutes:
 
 
 def _plan(action: Action, decision: Decision) -> Plan:
-    name, _, terms, _ = decision.choice.arm
+    name, loss_nats, terms, _ = decision.choice.arm
     codec_s = terms.stage_s("decode") + terms.stage_s("encode")
-    return Plan(action, f"{decision.id:016x}", None, name, terms.total_s, codec_s)
+    return Plan(action, f"{decision.id:016x}", None, name, terms.total_s, codec_s, loss_nats)
 
 
 def _digests(fields: dict[str, Any]) -> bytes:
