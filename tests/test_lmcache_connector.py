@@ -429,7 +429,7 @@ def test_a_fetch_that_is_expected_to_take_longer_than_computing_reports_no_hit()
             chunks = chunks_of(stalled.codec, [numbers(seed=number) for number in range(60)])
             stalled.store.store(chunks).result()
             keys = [chunk.key for chunk in chunks]
-            [row] = stalled.store.find([keys], chunk_tokens=stalled.codec.chunk_tokens).result()
+            [row] = stalled.store.find([keys], codec=stalled.codec).result()
             assert row == [fetched] * 60
             status = stalled.store.status()
             assert (status.get("found_chunks", 0), status.get("refused_chunks", 0)) == ((60, 0) if fetched else (0, 60))
@@ -442,7 +442,7 @@ def test_the_guard_learns_from_a_load_that_came_late() -> None:
         stalled.store.store(chunks).result()
 
         def find() -> int:
-            return sum(stalled.store.find([[one.key for one in chunks]], chunk_tokens=16).result()[0])
+            return sum(stalled.store.find([[one.key for one in chunks]], codec=stalled.codec).result()[0])
 
         assert find() == 60
         stalled.gate(False)

@@ -122,8 +122,8 @@ class KvstoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return self._task(None, lambda _: Bitmap(len(keys)), self._found)
         # Of a group with a sliding window only the last chunks of a prompt may have been stored.
         gaps = len({key.object_group_id for key in keys}) > 1
-        chunk_tokens = max((row.codec.chunk_tokens for row in rows), default=0)
-        found = self._store.find([row.keys for row in rows], chunk_tokens=chunk_tokens, gaps=gaps)
+        codec = max((row.codec for row in rows), key=lambda one: one.chunk_tokens, default=None)
+        found = self._store.find([row.keys for row in rows], codec=codec, gaps=gaps)
         return self._task(found, result, self._found)
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:

@@ -25,7 +25,7 @@ from kvstore.buffers import allocate
 from kvstore.codecs import Pipeline, decode, encode, named_pipeline
 from kvstore.codecs.context import known_specs
 from kvstore.codecs.pipeline import build_pipeline
-from kvstore.connectors.lmcache_options import LMCacheOptions, SinglePlane
+from kvstore.connectors.lmcache_options import LMCacheOptions, SinglePlane, check_usable
 from kvstore.errors import FrameError, LayoutMismatchError, PipelineError
 from kvstore.frame import Frame, blob_frame, blob_of, padded_bytes
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key, namespace_of
@@ -99,7 +99,8 @@ class Codec:
         else:
             self.namespace = namespace_of(self.layout)
             self._pipeline = _pipeline(self.layout, shape, options)
-        self._lossless = options.lossless
+        # What a server plans may be lossy, and says so.
+        self._exact_only = options.lossless and not options.plan
 
     def key(self, *fields: bytes) -> ChunkKey:
         """Key from the fields of LMCache's key."""
@@ -109,8 +110,24 @@ class Codec:
             digest.update(part)
         return chunk_key(self.namespace, digest.digest())
 
-    def encode(self, key: ChunkKey, data: memoryview) -> Frame:
+    def check(self, pipeline: Pipeline) -> None:
+        """Whether chunks can be encoded by another pipeline than the configured one.
+
+        Raises:
+            PipelineError: They cannot.
+        """
+        if self.layout is None or "latent" in self.layout.planes:
+            raise PipelineError("LMCache does not say what these chunks hold")
+        pipeline.infer(known_specs(self.layout, 1))
+        check_usable(pipeline)
+
+    def encode(self, key: ChunkKey, data: memoryview, pipeline: Pipeline | None = None) -> Frame:
         """Frame of a chunk's bytes; nothing refers to them afterwards.
+
+        Args:
+            key: The chunk's key.
+            data: Its bytes.
+            pipeline: How to encode it, where that is not as configured; `check` has taken it.
 
         Raises:
             PipelineError: The values cannot be encoded.
@@ -119,9 +136,11 @@ class Codec:
             buffer = allocate(padded_bytes(len(data)))
             buffer[: len(data)] = data
             return blob_frame(key, buffer, len(data))
-        return encode(self._planes(data), self.layout, self._pipeline, key=key)
+        return encode(self._planes(data), self.layout, pipeline or self._pipeline, key=key)
 
-    def decode(self, key: ChunkKey, frame: Frame, data: memoryview) -> int | Miss:
+    def decode(
+        self, key: ChunkKey, frame: Frame, data: memoryview, artefacts: Mapping[str, bytes] | None = None
+    ) -> int | Miss:
         """Write a chunk's bytes into a buffer of `size_bytes`: how many there are, or why there are none."""
         try:
             blob = blob_of(frame)
@@ -129,9 +148,9 @@ class Codec:
                 return self._copy(blob, data)
             if self.layout is None:
                 return Miss(Reason.IDENTITY)
-            if self._lossless and not build_pipeline(frame.head.header.pipeline).lossless:
+            if self._exact_only and not build_pipeline(frame.head.header.pipeline).lossless:
                 return Miss(Reason.IDENTITY)
-            decode(frame, self.layout, key=key, out=self._planes(data))
+            decode(frame, self.layout, artefacts or {}, key=key, out=self._planes(data))
         except LayoutMismatchError as exc:
             log.warning("a chunk is another model's: %s", exc)
             return Miss(Reason.IDENTITY)
@@ -205,7 +224,7 @@ def _split(dims: tuple[int, ...], dtype: str, head_dim: int, names: tuple[str, .
 
 def _revision(options: LMCacheOptions) -> str:
     """Everything beside model, shard and planes in which clients must agree."""
-    quality = "exact" if options.lossless else options.pipeline
+    quality = "planned" if options.plan else "exact" if options.lossless else options.pipeline
     return f"lmcache {quality} {options.single_plane} {options.revision}"
 
 

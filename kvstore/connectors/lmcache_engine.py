@@ -187,8 +187,8 @@ class KvstoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return [_engine_key(self._codec(key), key) for key in keys]
 
     def _find(self, keys: Sequence[Any]) -> "Future[Rows]":
-        tokens = self._codec(keys[0]).chunk_tokens if keys else 0
-        return self._store.find([self._keys(keys)], chunk_tokens=tokens)
+        codec = self._codec(keys[0]) if keys else None
+        return self._store.find([self._keys(keys)], codec=codec)
 
     def _chunk(self, key: Any, data: memoryview) -> Chunk:
         codec = self._codec(key)

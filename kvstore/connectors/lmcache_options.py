@@ -11,9 +11,10 @@ import torch
 
 from kvstore.codecs import Pipeline, encode, named_pipeline
 from kvstore.config import parse_size, parse_url
-from kvstore.errors import ConfigError, PipelineError
+from kvstore.errors import ConfigError, PipelineError, RequestError
 from kvstore.keys import ChunkKey, namespace_of
 from kvstore.layout import attention_layout
+from kvstore.plan import NATS_MAX, label
 
 _LEVEL_MAX = 15
 _THREADS_MAX = 64
@@ -66,6 +67,9 @@ class LMCacheOptions:
         threads: Threads that encode and decode.
         prefill_tokens_per_s: Tokens that the engine prefills in a second; what is expected to take longer to fetch is
             not found then. 0 where unknown: everything is fetched.
+        plan: Load and store as the server plans it, where profiles were pushed for the namespace.
+        budget_nats: Largest quality loss of planned loads; None for the server's default.
+        workload: Kind of text, as in the buckets that quality was measured in.
         fail_open: Run without the store where it cannot be used at start; else LMCache does not start.
     """
 
@@ -86,6 +90,9 @@ class LMCacheOptions:
     queue_bytes: int = 512 << 20
     threads: int = 2
     prefill_tokens_per_s: float = 0.0
+    plan: bool = False
+    budget_nats: float | None = None
+    workload: str = "text"
     fail_open: bool = True
 
     def __post_init__(self) -> None:
@@ -103,6 +110,12 @@ class LMCacheOptions:
             raise ConfigError("single_plane: 'fused' needs head_dim, to tell K from V")
         if 0 < self.local_memory_bytes < 1 << 20:
             raise ConfigError(f"local_memory: must be 0 or at least 1MiB, not {self.local_memory_bytes} bytes")
+        try:
+            label(self.workload, "workload")
+        except RequestError as exc:
+            raise ConfigError(f"workload: {exc}") from exc
+        if self.budget_nats is not None and self.budget_nats > NATS_MAX:
+            raise ConfigError(f"budget_nats: must be at most {NATS_MAX:g}")
         self._check_pipeline()
 
     @property
@@ -117,15 +130,16 @@ class LMCacheOptions:
     def _check_pipeline(self) -> None:
         try:
             pipeline = self.build_pipeline()
-            _try(pipeline)
+            check_usable(pipeline)
         except PipelineError as exc:
             raise ConfigError(
                 f"pipeline: {self.pipeline!r} cannot be used here, as LMCache tells neither positions nor token ids "
                 f"of a chunk ({exc}); use raw, splitzip, zstd, ladder-packed or another one without them"
             ) from exc
-        if not pipeline.lossless and self.role is Role.BOTH and not self.store_derived:
+        lossy = [f"pipeline: {self.pipeline!r} is"] * (not pipeline.lossless) + ["plan: profiles are"] * self.plan
+        if lossy and self.role is Role.BOTH and not self.store_derived:
             raise ConfigError(
-                f"pipeline: {self.pipeline!r} is lossy, and LMCache does not tell which chunks were computed behind "
+                f"{lossy[0]} lossy, and LMCache does not tell which chunks were computed behind "
                 "what it loaded: errors would add up. Set role to producer here and to consumer where chunks are "
                 "loaded, or accept it with store_derived: true"
             )
@@ -167,10 +181,12 @@ def _public_name(name: str) -> str:
 
 def _convert(name: str, value: object) -> object:
     try:
-        if name in ("store_derived", "fail_open"):
+        if name in ("store_derived", "fail_open", "plan"):
             return _boolean(value)
         if name in ("local_memory", "queue_bytes"):
             return parse_size(value)
+        if name == "budget_nats":
+            return None if value is None else _number(value, "0 or a positive number of nats", at_least=0)
         if name == "prefill_tokens_per_s":
             return _number(value, "0 or a positive number of tokens", at_least=0)
         if name.endswith("_s"):
@@ -225,8 +241,12 @@ def _choice(choices: type[StrEnum], value: object) -> StrEnum:
         raise ConfigError(f"must be one of {', '.join(choices)}, not {value!r}") from exc
 
 
-def _try(pipeline: Pipeline) -> None:
-    """Encode a small chunk of which as little is known as of LMCache's; also loads what stages compile."""
+def check_usable(pipeline: Pipeline) -> None:
+    """Encode a small chunk of which as little is known as of LMCache's; also loads what stages compile.
+
+    Raises:
+        PipelineError: The pipeline needs to know more.
+    """
     layout = attention_layout("trial", "", layers=1, kv_heads=1, head_dim=64, chunk_tokens=16)
     planes = {name: torch.ones(spec.shape, dtype=torch.bfloat16) for name, spec in layout.planes.items()}
     encode(planes, layout, pipeline, key=ChunkKey(namespace_of(layout) + bytes(32)))

@@ -15,24 +15,26 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
-from kvstore.backend import Ack, Backend, Copy, Miss, Outcome, Reason
-from kvstore.backends.breaker import Breaker, Permit
+from kvstore.backend import Ack, Backend, Copy, Match, Miss, Outcome, Reason
 from kvstore.backends.host import HostBackend
 from kvstore.client import Client
+from kvstore.codecs import Pipeline
 from kvstore.connectors.background import Background, BoundedBytes, codec_threads
 from kvstore.connectors.guard import Guard
-from kvstore.connectors.lmcache_chunks import Chunk, batches
+from kvstore.connectors.lmcache_calls import Calls
+from kvstore.connectors.lmcache_chunks import Chunk, Codec, batches
 from kvstore.connectors.lmcache_options import LMCacheOptions, Role
-from kvstore.errors import AuthError, BackendError, ConfigError, KVStoreError
+from kvstore.connectors.lmcache_plans import Plans
+from kvstore.errors import AuthError, ConfigError, KVStoreError
 from kvstore.frame import Frame
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey, chunk_key
+from kvstore.plan import Action, Plan
+from kvstore.stopwatch import Stopwatch
 from kvstore.tiers import TieredBackend
 
 _CONCURRENCY = 4
 _START_S = 10.0
 _CLOSE_S = 10.0
-_FAILURES_MAX = 3
-_COOLDOWN_MAX_S = 15.0
 _PROBE_KEY = chunk_key(bytes(NAMESPACE_BYTES), hashlib.sha256(b"kvstore lmcache probe").digest())
 
 log = logging.getLogger(__name__)
@@ -53,10 +55,11 @@ def open_backend(options: LMCacheOptions) -> Backend:
 
 
 class _Loaded(NamedTuple):
-    """Of a fetched chunk: bytes written to its buffer, 0 for a miss, and bytes that the link was busy with."""
+    """Of a fetched chunk: bytes written to its buffer, 0 for a miss, bytes that the link was busy with, and when."""
 
     size_bytes: int
     moved_bytes: int
+    arrived_s: float = 0.0
 
 
 class ChunkStore:
@@ -75,13 +78,14 @@ class ChunkStore:
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._queued = BoundedBytes(options.queue_bytes)
-        self._breaker = Breaker(failures_max=_FAILURES_MAX, cooldown_max_s=_COOLDOWN_MAX_S)
+        self._calls = Calls(self._count)
         self._guard = Guard(prefill_tokens_per_s=options.prefill_tokens_per_s)
         self._pending: set[Future[Any]] = set()
         self._closing = False
         self._threads = codec_threads(options.threads, "kvstore-chunks-codec")
         self._background = Background("kvstore-chunks")
         self._gate = asyncio.Semaphore(_CONCURRENCY)
+        self._plans: Plans | None = None
         try:
             self._backend = self._background.submit(self._open(open_with)).result()
             self._check_server()
@@ -91,7 +95,11 @@ class ChunkStore:
 
     async def _open(self, open_with: Callable[[LMCacheOptions], Backend]) -> Backend:
         self._loop = asyncio.get_running_loop()
-        return open_with(self.options)
+        backend = open_with(self.options)
+        client = backend.tiers[-1] if isinstance(backend, TieredBackend) else backend
+        if self.options.plan and isinstance(client, Client):
+            self._plans = Plans(client, self.options)
+        return backend
 
     def _check_server(self) -> None:
         probe = self.probe()
@@ -112,17 +120,17 @@ class ChunkStore:
         return self._submit(self._probe(), "the connector is closed")
 
     def find(
-        self, rows: Sequence[Sequence[ChunkKey]], *, chunk_tokens: int = 0, gaps: bool = False
+        self, rows: Sequence[Sequence[ChunkKey]], *, codec: Codec | None = None, gaps: bool = False
     ) -> "Future[list[list[bool]]]":
         """Which chunks are held and worth fetching.
 
         Args:
             rows: Keys of the prompt's chunks in order, a row for every shard or object group.
-            chunk_tokens: Tokens of a chunk, 0 where unknown; then every chunk is worth it.
+            codec: Codec of the chunks, None where unknown; then every chunk is worth it.
             gaps: Whether a chunk counts even where one before it in its row is missing; otherwise a row is not
                 looked at behind its first gap.
         """
-        return self._submit(self._find(rows, chunk_tokens, gaps), [[False] * len(row) for row in rows])
+        return self._submit(self._find(rows, codec, gaps), [[False] * len(row) for row in rows])
 
     def load(self, chunks: Sequence[Chunk]) -> "Future[list[int]]":
         """Fetch chunks into their buffers: the bytes written to each, 0 where it is a miss."""
@@ -150,8 +158,8 @@ class ChunkStore:
         with self._lock:
             counts = dict(sorted(self.counts.items()))
             return {
-                "is_healthy": self._breaker.closed and not self._closing,
-                "detail": self._breaker.reason,
+                "is_healthy": self._calls.breaker.closed and not self._closing,
+                "detail": self._calls.breaker.reason,
                 "url": self.options.url,
                 "queued_bytes": self._queued.used_bytes,
                 "calls": len(self._pending),
@@ -212,12 +220,12 @@ class ChunkStore:
             return f"url: {self.options.url} does not answer ({exc or 'timeout'}); start it with 'kvstore serve'"
         return None
 
-    async def _find(self, rows: Sequence[Sequence[ChunkKey]], chunk_tokens: int, gaps: bool) -> list[list[bool]]:
+    async def _find(self, rows: Sequence[Sequence[ChunkKey]], codec: Codec | None, gaps: bool) -> list[list[bool]]:
         nothing = [[False] * len(row) for row in rows]
         if self.options.role is Role.PRODUCER:
             return nothing
         deadline = _now() + self.options.lookup_deadline_s
-        found = list(await asyncio.gather(*(self._leading(row, deadline) for row in rows)))
+        found = list(await asyncio.gather(*(self._leading(row, deadline, codec) for row in rows)))
         if gaps:
             for row, copies in zip(rows, found, strict=True):
                 rest = range(copies.index(None) + 1 if None in copies else len(copies), len(copies))
@@ -225,24 +233,35 @@ class ChunkStore:
                 for number, [answer] in zip(rest, answers, strict=True):
                     copies[number] = answer
         held = [[copy is not None for copy in copies] for copies in found]
-        if not self._worth(found, chunk_tokens):
-            self._count("refused_chunks", sum(map(sum, held)))
-            return nothing
-        self._count("found_chunks", sum(map(sum, held)))
-        return held
+        worth = self._worth(rows, found, codec)
+        self._count("found_chunks" if worth else "refused_chunks", sum(map(sum, held)))
+        return held if worth else nothing
 
-    async def _leading(self, keys: Sequence[ChunkKey], deadline: float) -> list[Copy | None]:
-        match = await self._ask(lambda: self._backend.match(keys), deadline)
+    async def _leading(
+        self, keys: Sequence[ChunkKey], deadline: float, codec: Codec | None = None
+    ) -> list[Copy | None]:
+        match: Match | Miss
+        if self._plans is not None and codec is not None and codec.layout is not None and keys:
+            plans = self._plans
+            planned = await self._calls.ask(lambda: plans.match(keys, codec), deadline)
+            match = planned if isinstance(planned, Miss) else planned[1]
+        else:
+            match = await self._calls.ask(lambda: self._backend.match(keys), deadline)
         if isinstance(match, Miss):
             self._count(f"missed_{match.reason}_chunks", len(keys))
             return [None] * len(keys)
         copies: list[Copy | None] = [held.copy for held in match.held]
         return copies + [None] * (len(keys) - len(copies))
 
-    def _worth(self, rows: Sequence[Sequence[Copy | None]], chunk_tokens: int) -> bool:
+    def _worth(
+        self, rows: Sequence[Sequence[ChunkKey]], found: Sequence[Sequence[Copy | None]], codec: Codec | None
+    ) -> bool:
         """Whether fetching these copies is expected to be faster than computing their tokens, once for all rows."""
-        held = [[copy for copy in row if copy is not None] for row in rows]
-        tokens = max(map(len, held), default=0) * chunk_tokens
+        plans = [self._plans.of(row[0]) for row in rows if row] if self._plans is not None else []
+        if any(plan.action is not Action.STATIC for plan in plans):
+            return all(plan.action is not Action.RECOMPUTE for plan in plans)
+        held = [[copy for copy in row if copy is not None] for row in found]
+        tokens = max(map(len, held), default=0) * (0 if codec is None else codec.chunk_tokens)
         end = None if self.options.level is None else self.options.level + 1
         size_bytes = sum(copy.head_bytes + sum(copy.level_bytes[:end]) for row in held for copy in row)
         return not (self.options.prefill_tokens_per_s and tokens) or self._guard.worth(tokens, size_bytes)
@@ -250,30 +269,41 @@ class ChunkStore:
     async def _load(self, chunks: Sequence[Chunk]) -> list[int]:
         started_s = _now()
         deadline = started_s + self.options.deadline_s
-        parts = await asyncio.gather(*(self._load_batch(batch, deadline) for batch in batches(chunks)))
+        decoding = Stopwatch()
+        parts = await asyncio.gather(*(self._load_batch(batch, deadline, decoding) for batch in batches(chunks)))
         loaded = [one for part in parts for one in part]
-        self._guard.observe_fetch(sum(one.moved_bytes for one in loaded), _now() - started_s)
+        moved_bytes, took_s = sum(one.moved_bytes for one in loaded), _now() - started_s
+        self._guard.observe_fetch(moved_bytes, took_s)
+        if self._plans is not None and chunks and all(one.size_bytes for one in loaded):
+            arrived_s = max(one.arrived_s for one in loaded) - started_s
+            await self._plans.loaded(chunks[0].key, moved_bytes, took_s, arrived_s, decoding.total_s)
         return [one.size_bytes for one in loaded]
 
-    async def _load_batch(self, chunks: Sequence[Chunk], deadline: float) -> list[_Loaded]:
+    async def _load_batch(self, chunks: Sequence[Chunk], deadline: float, decoding: Stopwatch) -> list[_Loaded]:
         keys = [chunk.key for chunk in chunks]
+        plan = Plan(Action.STATIC) if self._plans is None else self._plans.of(keys[0])
+        level = self.options.level if plan.action is Action.STATIC else plan.level
 
         async def get() -> list[Frame | Miss]:
             async with self._gate:
-                return await self._backend.get(keys, level=self.options.level)
+                return await self._backend.get(keys, level=level)
 
-        answers = await self._ask(get, deadline)
+        answers = await self._calls.ask(get, deadline)
         if isinstance(answers, Miss):
             answers = [answers] * len(chunks)
+        arrived_s = _now()
         # No deadline from here on: what a thread has begun to write it must end before the buffer is given back.
-        return await asyncio.gather(*map(self._decode, chunks, answers))
+        with decoding:
+            loaded = await asyncio.gather(*map(self._decode, chunks, answers))
+        return [one._replace(arrived_s=arrived_s) for one in loaded]
 
     async def _decode(self, chunk: Chunk, answer: Frame | Miss) -> _Loaded:
         if isinstance(answer, Miss):
             self._count(f"missed_{answer.reason}_chunks")
             # What did not come in time is as many bytes that took this long; what is not there costs nothing.
             return _Loaded(0, len(chunk.data) if answer.reason is Reason.DEADLINE else 0)
-        decoded = await self._in_thread(chunk.codec.decode, chunk.key, answer, chunk.data)
+        artefacts = {} if self._plans is None else self._plans.artefacts
+        decoded = await self._in_thread(chunk.codec.decode, chunk.key, answer, chunk.data, artefacts)
         if isinstance(decoded, Miss):
             self._count(f"missed_{decoded.reason}_chunks")
             return _Loaded(0, answer.size_bytes)
@@ -292,7 +322,7 @@ class ChunkStore:
     async def _find_whole(self, chunks: Sequence[Chunk]) -> int:
         """How many leading chunks need not be encoded, as all of them is held."""
         deadline = _now() + self.options.deadline_s
-        match = await self._ask(lambda: self._backend.match([chunk.key for chunk in chunks]), deadline)
+        match = await self._calls.ask(lambda: self._backend.match([chunk.key for chunk in chunks]), deadline)
         if isinstance(match, Miss):
             return 0
         whole = [held.copy.whole and not held.copy.inexact for held in match.held]
@@ -301,16 +331,22 @@ class ChunkStore:
     async def _store_batch(self, chunks: Sequence[Chunk]) -> list[Outcome]:
         frames: list[tuple[ChunkKey, Frame]] = []
         encoded: list[int] = []
+        pipeline, plan = await self._planned(chunks)
+        began_s = _now()
         for number, chunk in enumerate(chunks):
             try:
-                frame = await self._in_thread(chunk.codec.encode, chunk.key, chunk.data)
+                frame = await self._in_thread(chunk.codec.encode, chunk.key, chunk.data, pipeline)
             except KVStoreError as exc:
                 log.warning("a chunk cannot be encoded: %s", exc)
                 continue
             frames.append((chunk.key, frame))
             encoded.append(number)
-        deadline = _now() + self.options.store_timeout_s
-        answers = await self._ask(lambda: self._backend.put(frames, ack=Ack.MEMORY), deadline)
+        encoded_s = _now()
+        deadline = encoded_s + self.options.store_timeout_s
+        answers = await self._calls.ask(lambda: self._backend.put(frames, ack=Ack.MEMORY), deadline)
+        if self._plans is not None and not isinstance(answers, Miss):
+            size_bytes = sum(frame.size_bytes for _, frame in frames)
+            await self._plans.stored(plan, size_bytes, encoded_s - began_s, _now() - encoded_s)
         outcomes = [Outcome.FAILED] * len(chunks)
         if not isinstance(answers, Miss):
             for number, (_, frame), stored in zip(encoded, frames, answers, strict=True):
@@ -321,48 +357,18 @@ class ChunkStore:
         self._count("failed_chunks", outcomes.count(Outcome.FAILED))
         return outcomes
 
+    async def _planned(self, chunks: Sequence[Chunk]) -> tuple[Pipeline | None, Plan]:
+        """How to encode chunks; no pipeline where that is as configured."""
+        plans, codec = self._plans, chunks[0].codec
+        if plans is None or codec.layout is None:
+            return None, Plan(Action.STATIC)
+        deadline = _now() + self.options.lookup_deadline_s
+        planned = await self._calls.ask(lambda: plans.pipeline(codec, len(chunks)), deadline)
+        return (None, Plan(Action.STATIC)) if isinstance(planned, Miss) else planned
+
     async def _delete(self, keys: Sequence[ChunkKey]) -> bool:
         deadline = _now() + self.options.deadline_s
-        return not isinstance(await self._ask(lambda: self._backend.delete(keys), deadline), Miss)
-
-    async def _ask(self, call: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T | Miss:
-        """The backend's answer, or a miss; after failures in a row the server is left alone for a while."""
-        permit = self._breaker.admit()
-        if permit is None:
-            return Miss(Reason.BREAKER)
-        try:
-            async with asyncio.timeout_at(deadline):
-                answer = await call()
-        except TimeoutError:
-            self._failed(permit, "deadline", "no answer before the deadline")
-            return Miss(Reason.DEADLINE)
-        except AuthError as exc:
-            self._failed(permit, "token", str(exc))
-            return Miss(Reason.BREAKER)
-        except BackendError as exc:
-            self._failed(permit, "unavailable", str(exc))
-            return Miss(Reason.BREAKER)
-        except KVStoreError as exc:
-            self._breaker.unused(permit)
-            self._count("request_errors")
-            log.warning("the server refuses a request: %s", exc)
-            return Miss(Reason.IDENTITY)
-        except BaseException:
-            self._breaker.unused(permit)
-            raise
-        if isinstance(answer, list) and any(isinstance(one, Miss) and one.reason is Reason.BREAKER for one in answer):
-            # What came before the connection broke is of use; the server is not well.
-            self._failed(permit, "unavailable", "the connection broke in the middle of an answer")
-        else:
-            self._breaker.succeeded(permit)
-        return answer
-
-    def _failed(self, permit: Permit, cause: str, reason: str) -> None:
-        opened = self._breaker.opened
-        self._breaker.failed(permit, reason)
-        self._count(f"{cause}_errors")
-        if self._breaker.opened > opened:
-            log.warning("the server is left alone for %.0f s: %s", self._breaker.retry_after_s, reason)
+        return not isinstance(await self._calls.ask(lambda: self._backend.delete(keys), deadline), Miss)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         """What a call in a thread returns; when this is cancelled it still waits, for the sake of the buffers."""

@@ -202,13 +202,14 @@ class _Lookups(AsyncLookupManager):  # type: ignore[misc]
     def __init__(self, tier_type: str, store: ChunkStore, codec: Codec, spec: Any) -> None:
         self._store = store
         self._codec = codec
-        self._chunk_tokens = spec.config.groups[0].tokens_per_block * spec.config.cache.blocks_per_chunk
+        # What these chunks hold is not known, but how many tokens it is.
+        codec.chunk_tokens = spec.config.groups[0].tokens_per_block * spec.config.cache.blocks_per_chunk
         super().__init__(tier_type)
 
     def batch_lookup(self, keys: list[bytes], req_context: Any) -> Iterable[bool]:
         # vLLM asks for one group after the other; those with a window from the end, and with gaps.
         rows = [[_key(self._codec, key) for key in row] for _, row in groupby(keys, get_offload_group_idx)]
-        found = self._store.find(rows, chunk_tokens=self._chunk_tokens, gaps=len(rows) > 1).result()
+        found = self._store.find(rows, codec=self._codec, gaps=len(rows) > 1).result()
         return [held for row in found for held in row]
 
 
