@@ -58,7 +58,8 @@ async def loaded(opened: ChunkStore, codec: Codec) -> tuple[list[bool], list[tor
     [found] = await asyncio.wrap_future(opened.find([[chunk.key for chunk in chunks]], codec=codec))
     if not any(found):
         return found, []
-    assert all(await asyncio.wrap_future(opened.load(chunks)))
+    sizes_bytes = await asyncio.wrap_future(opened.load(chunks))
+    assert all(sizes_bytes)
     return found, [torch.frombuffer(chunk.data, dtype=torch.bfloat16).view_as(TENSORS[0]) for chunk in chunks]
 
 
