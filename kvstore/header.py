@@ -101,9 +101,19 @@ def is_lossless(pipeline: Sequence[StageSpec]) -> bool:
     return all(stage["stage"] in LOSSLESS_STAGES for stage in pipeline)
 
 
-def profile_id(pipeline: Sequence[StageSpec]) -> bytes:
-    """What tells which profile made a frame: 8 bytes of SHA-256 over its pipeline, which names its artefacts."""
-    text = json.dumps([dict(stage) for stage in pipeline], sort_keys=True, separators=(",", ":"))
+def profile_id(pipeline: Sequence[StageSpec], artefacts: Sequence[str] = ()) -> bytes:
+    """What tells which profile made a frame: 8 bytes of SHA-256 over its pipeline, with its artefacts by digest.
+
+    Args:
+        pipeline: Stages, which name their artefacts by digest, or as headers do by number.
+        artefacts: Digests that the numbers stand for.
+    """
+    stages = [dict(stage) for stage in pipeline]
+    for stage in stages:
+        number = stage.get("artefact")
+        if type(number) is int and 0 <= number < len(artefacts):
+            stage["artefact"] = artefacts[number]
+    text = json.dumps(stages, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).digest()[:PROFILE_ID_BYTES]
 
 
@@ -153,6 +163,7 @@ def _load_shared(text: bytes) -> Header:
 def _header(key: ChunkKey, fields: Mapping[str, Any]) -> Header:
     planes = tuple(_list(fields, "planes", 1, LEVELS_MAX, _plane_names))
     pipeline = tuple(_list(fields, "pipeline", 1, STAGES_MAX, _stage))
+    artefacts = tuple(_list(fields, "artefacts", 0, STAGES_MAX, _artefact))
     header = Header(
         key=key,
         tokens=_integer(fields, "tokens", 1 << 16),
@@ -160,10 +171,10 @@ def _header(key: ChunkKey, fields: Mapping[str, Any]) -> Header:
         groups=tuple(_list(fields, "groups", 1, GROUPS_MAX, _layer_count)),
         planes=planes,
         pipeline=pipeline,
-        artefacts=tuple(_list(fields, "artefacts", 0, STAGES_MAX, _artefact)),
+        artefacts=artefacts,
         distortion=_distortion(fields, len(planes)),
         behind=_behind(fields.get("behind")),
-        profile=profile_id(pipeline),
+        profile=profile_id(pipeline, artefacts),
     )
     if (header.tokens == 0) != (header == blob_header(header.key)):
         raise FrameCorruptError("header: an opaque blob, and only that, has no tokens")

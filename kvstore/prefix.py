@@ -14,6 +14,7 @@ from itertools import takewhile
 
 import torch
 
+from kvstore.ahead import Ahead
 from kvstore.backend import Ack, Backend, Held, Match, Miss, Reason, Stored
 from kvstore.client import Client
 from kvstore.codecs import Context, Pipeline, Planes, decode, encode
@@ -260,14 +261,23 @@ class _Fetch:
                 await self._take(number, answer)
 
     async def _stream(self, client: Client, held: int, stop_s: float) -> None:
-        """Fetch coarse levels of all chunks first, and stop at a time."""
-        fetched = await fetch_run(client, self._keys[:held], level=self._level, deadline_s=stop_s)
+        """Fetch coarse levels of all chunks first, stop at a time, and decode layer groups while others arrive."""
+        ahead = Ahead(self._layout, self._keys, self._token_ids, self._artefacts, self._planes, self._decoding)
+        async with asyncio.TaskGroup() as group:
+            ahead.start(group)
+            fetched = await fetch_run(
+                client, self._keys[:held], level=self._level, deadline_s=stop_s, arrived=ahead.arrived
+            )
         self._arrived_s = time.monotonic()
         missing = held - len(fetched.frames)
-        answers: list[Frame | Miss] = [*fetched.frames, *[fetched.miss or Miss(Reason.DEADLINE)] * missing]
+        self._done[len(fetched.frames) :] = [fetched.miss or Miss(Reason.DEADLINE)] * missing
         async with asyncio.TaskGroup() as group:
-            for number, answer in enumerate(answers):
-                group.create_task(self._take(number, answer))
+            for number, frame in enumerate(fetched.frames):
+                group.create_task(self._finish(ahead, number, frame))
+
+    async def _finish(self, ahead: Ahead, number: int, frame: Frame) -> None:
+        """Decode what of a chunk was not decoded while it arrived."""
+        self._done[number] = await ahead.finish(number, frame)
 
     async def _take(self, number: int, answer: Frame | Miss) -> None:
         with self._decoding:

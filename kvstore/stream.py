@@ -184,6 +184,11 @@ class Fetch:
         """Heads of the chunks that come; complete once the first segment has come."""
         return [head for head, _ in self._heads]
 
+    @property
+    def levels(self) -> Sequence[int]:
+        """How many levels of each of these chunks come."""
+        return [levels for _, levels in self._heads]
+
     def __aiter__(self) -> AsyncIterator[Arrived]:
         return self._segments()
 

@@ -515,15 +515,15 @@ def test_a_storage_node_knows_which_stages_are_lossless() -> None:
     assert {name for name, stage in STAGES.items() if stage.lossless} == LOSSLESS_STAGES - {"blob"}
 
 
-@pytest.mark.parametrize("name", ["raw", "ladder-packed"])
+@pytest.mark.parametrize("name", CASES)
 def test_a_frame_tells_which_profile_made_it(name: str) -> None:
-    pipeline = named_pipeline(name)
-    header = encode(planes_like(LAYOUT), LAYOUT, pipeline, key=KEY).head.header
+    case = CASES[name]
+    header = case.encode().head.header
     level = Level(2.0, 0.1, {"text-256": Quality(0.0, 0.0, 0.0, 1.0, 8)})
-    written = json.loads(json.dumps([dict(stage) for stage in pipeline.spec]))
-    profile = Profile("p01", tuple(written), (), 0.1, (level,) * header.levels)
+    written = json.loads(json.dumps([dict(stage) for stage in case.pipeline.spec]))
+    profile = Profile("p01", tuple(written), case.pipeline.artefacts, 0.1, (level,) * header.levels)
     assert header.profile == profile.id
-    assert header.lossless is profile.lossless is pipeline.lossless
+    assert header.lossless is profile.lossless is case.pipeline.lossless
 
 
 def test_every_default_profile_is_written_as_its_frames_say_it() -> None:

@@ -18,6 +18,7 @@ from kvstore.keys import chunk_keys
 from kvstore.layout import Layout, PlaneSpec, attention_layout
 from kvstore.prefix import get_prefix, match_prefix, put_prefix
 from kvstore.server import running_server
+from kvstore.stream import Arrived, Fetch
 from kvstore.testing import FaultyBackend
 from kvstore.tiers import TieredBackend
 
@@ -51,6 +52,59 @@ async def test_raw_comes_back_bit_for_bit_and_the_tail_is_not_stored(client: Cli
     assert prefix.size_bytes == put.size_bytes
     for name, plane in PLANES.items():
         assert torch.equal(prefix.planes[name], plane[:, :40])
+
+
+@pytest.mark.parametrize("level", [None, 0, 1])
+async def test_a_stream_decodes_to_the_same_while_it_arrives(client: Client, level: int | None) -> None:
+    await put_prefix(client, LAYOUT, IDS, PLANES, LADDER)
+    plain = await get_prefix(client, LAYOUT, IDS, level=level)
+    streamed = await get_prefix(client, LAYOUT, IDS, level=level, stop_s=30.0)
+    assert (streamed.tokens, streamed.levels, streamed.miss) == (plain.tokens, plain.levels, None)
+    assert streamed.size_bytes == plain.size_bytes
+    for name, plane in plain.planes.items():
+        assert torch.equal(streamed.planes[name], plane)
+    assert 0 < streamed.arrived_s < 30
+    assert streamed.decoding_s > 0
+
+
+async def test_a_stream_that_is_stopped_is_decoded_at_the_levels_that_came(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put_prefix(client, LAYOUT, IDS, PLANES, LADDER)
+    coarse = await get_prefix(client, LAYOUT, IDS, level=0)
+    segments = Fetch._segments
+
+    async def cut(self: Fetch) -> AsyncIterator[Arrived]:
+        # One layer group of one chunk has its second level, as if the time were over then.
+        async for segment in segments(self):
+            yield segment
+            if segment.level == 1:
+                return
+
+    monkeypatch.setattr(Fetch, "_segments", cut)
+    stopped = await get_prefix(client, LAYOUT, IDS, stop_s=30.0)
+    assert (stopped.tokens, stopped.levels) == (40, [1] * 5)
+    for name, plane in coarse.planes.items():
+        assert torch.equal(stopped.planes[name], plane)
+
+
+async def test_a_stream_of_another_prompts_chunk_ends_there(client: Client) -> None:
+    frames = [
+        encode({name: plane[:, :8] for name, plane in PLANES.items()}, LAYOUT, RAW, key=chunk_keys(LAYOUT, IDS)[0])
+    ]
+    moved = Context(first_position=8)
+    frames.append(
+        encode(
+            {name: plane[:, 8:16] for name, plane in PLANES.items()},
+            LAYOUT,
+            RAW,
+            key=chunk_keys(LAYOUT, IDS)[1],
+            context=dataclasses.replace(moved, first_position=16),
+        )
+    )
+    await client.put([(frame.key, frame) for frame in frames])
+    prefix = await get_prefix(client, LAYOUT, IDS, stop_s=30.0)
+    assert (prefix.tokens, prefix.miss) == (8, Miss(Reason.IDENTITY))
 
 
 async def test_each_level_costs_more_and_is_closer(client: Client) -> None:

@@ -4,7 +4,7 @@ A new codec is one file here: a frozen dataclass that is a `Stage`, listed in `r
 stage lives in `ref/`, where a kernel with the same name and signature can be held against it.
 """
 
-from kvstore.codecs.coding import decode, encode, encode_levels
+from kvstore.codecs.coding import Decoding, by_group, decode, encode, encode_levels
 from kvstore.codecs.context import Context
 from kvstore.codecs.named import CALIBRATED, NAMED, named_pipeline
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
@@ -14,11 +14,13 @@ __all__ = [
     "CALIBRATED",
     "NAMED",
     "Context",
+    "Decoding",
     "Pipeline",
     "Planes",
     "Specs",
     "Stage",
     "build_pipeline",
+    "by_group",
     "decode",
     "encode",
     "encode_levels",

@@ -11,7 +11,7 @@ from kvstore.codecs.importance import token_importance
 from kvstore.codecs.pipeline import Pipeline, build_pipeline
 from kvstore.codecs.stage import TORCH_DTYPES, Planes, Specs, base_planes, is_context
 from kvstore.errors import FrameCorruptError, LayoutMismatchError, PipelineError
-from kvstore.frame import Frame, pack_frame
+from kvstore.frame import Frame, Head, pack_frame
 from kvstore.header import Header, StageSpec
 from kvstore.keys import ChunkKey, namespace_of, split_key
 from kvstore.layout import Layout
@@ -120,21 +120,72 @@ def decode(
         FrameCorruptError: Its planes are not those that its pipeline makes.
         PipelineError: A stage or a calibration artefact that it needs is unknown.
     """
-    _check_identity(frame, layout, key)
-    header = frame.head.header
-    missing = [digest for digest in header.artefacts if digest not in (artefacts or {})]
-    if missing:
-        raise PipelineError(f"decoding needs the calibration artefact {missing[0]}, which is not here")
-    pipeline = build_pipeline(_named(header.pipeline, header.artefacts), artefacts)
-    known = known_planes(layout, header.first_position, token_ids)
     planes = _empty(layout) if out is None else out
-    start = 0
-    for layers, part in zip(header.groups, _coded_parts(frame, pipeline, layout), strict=True):
-        context = of_group(known, start, layers)
-        for name, decoded in pipeline.decode({**part, **context}, known_specs(layout, layers)).items():
-            planes[name][start : start + layers].copy_(decoded)
-        start += layers
+    decoding = Decoding(frame.head, layout, artefacts, key=key, token_ids=token_ids, out=planes)
+    for group, coded in enumerate(by_group(frame)):
+        decoding.decode(group, coded)
     return planes
+
+
+def by_group(frame: Frame) -> list[dict[str, memoryview]]:
+    """The held coded planes of every layer group, by name."""
+    groups: list[dict[str, memoryview]] = [{} for _ in frame.head.header.groups]
+    for _, group, name, view in frame.segments():
+        groups[group][name] = view
+    return groups
+
+
+class Decoding:
+    """One chunk that is decoded layer group by layer group, as they arrive.
+
+    Args:
+        head: Head of the chunk's frame.
+        layout: The caller's layout.
+        artefacts: Calibration artefacts by digest.
+        key: The key that the caller asked for.
+        token_ids: Token ids of the prompt up to the chunk's last one.
+        out: Where to write, `[layers, tokens, kv_heads, head_dim]` a plane.
+
+    Raises:
+        LayoutMismatchError: The frame belongs to another key or layout.
+        FrameCorruptError: Its planes are not those that its pipeline makes.
+        PipelineError: A stage or a calibration artefact that it needs is unknown.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        layout: Layout,
+        artefacts: Mapping[str, bytes] | None = None,
+        *,
+        key: ChunkKey,
+        token_ids: Sequence[int] = (),
+        out: Planes,
+    ) -> None:
+        header = head.header
+        _check_identity(header, layout, key)
+        missing = [digest for digest in header.artefacts if digest not in (artefacts or {})]
+        if missing:
+            raise PipelineError(f"decoding needs the calibration artefact {missing[0]}, which is not here")
+        self._pipeline = build_pipeline(_named(header.pipeline, header.artefacts), artefacts)
+        self._layout = layout
+        self._groups = header.groups
+        self._known = known_planes(layout, header.first_position, token_ids)
+        self._out = out
+        _check_planes_made(header, self._pipeline, layout)
+
+    def decode(self, group: int, coded: Mapping[str, memoryview]) -> None:
+        """Decode a layer group, at the quality of the levels whose planes are given.
+
+        Raises:
+            FrameCorruptError: A plane is not as long as the pipeline makes it.
+        """
+        start, layers = sum(self._groups[:group]), self._groups[group]
+        specs = known_specs(self._layout, layers)
+        part = _tensors(coded, self._pipeline.infer(specs))
+        context = of_group(self._known, start, layers)
+        for name, decoded in self._pipeline.decode({**part, **context}, specs).items():
+            self._out[name][start : start + layers].copy_(decoded)
 
 
 def _numbered(spec: Sequence[StageSpec], artefacts: Sequence[str]) -> tuple[StageSpec, ...]:
@@ -169,8 +220,7 @@ def _check_planes(planes: Planes, layout: Layout) -> None:
             )
 
 
-def _check_identity(frame: Frame, layout: Layout, key: ChunkKey) -> None:
-    header = frame.head.header
+def _check_identity(header: Header, layout: Layout, key: ChunkKey) -> None:
     if header.key != key or split_key(key)[0] != namespace_of(layout):
         raise LayoutMismatchError("the frame belongs to another key or layout")
     if header.tokens != layout.chunk_tokens or sum(header.groups) != layout.layers:
@@ -210,19 +260,28 @@ def _planes_by_level(pipeline: Pipeline, specs: Specs) -> tuple[tuple[str, ...],
 def _coded_parts(frame: Frame, pipeline: Pipeline, layout: Layout) -> list[dict[str, torch.Tensor]]:
     """The held coded planes of every layer group, compared with what the pipeline makes of this layout."""
     header = frame.head.header
-    expected = [pipeline.infer(known_specs(layout, layers)) for layers in header.groups]
+    _check_planes_made(header, pipeline, layout)
+    return [
+        _tensors(coded, pipeline.infer(known_specs(layout, layers)))
+        for layers, coded in zip(header.groups, by_group(frame), strict=True)
+    ]
+
+
+def _check_planes_made(header: Header, pipeline: Pipeline, layout: Layout) -> None:
     if _planes_by_level(pipeline, known_specs(layout, header.groups[0])) != header.planes:
         raise FrameCorruptError("the frame's planes are not those that its pipeline makes")
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in header.groups]
-    for _, group, name, view in frame.segments():
-        spec = expected[group][name]
+
+
+def _tensors(coded: Mapping[str, memoryview], expected: Specs) -> dict[str, torch.Tensor]:
+    """Coded planes of a layer group, compared with what the pipeline makes of this layout."""
+    for name, view in coded.items():
+        spec = expected[name]
         if len(view) > spec.size_bytes or (len(view) < spec.size_bytes and not spec.at_most):
             bound = "at most " if spec.at_most else ""
             raise FrameCorruptError(
                 f"plane {name!r} has {len(view)} bytes, its pipeline makes {bound}{spec.size_bytes}"
             )
-        parts[group][name] = _tensor(view)
-    return parts
+    return {name: _tensor(view) for name, view in coded.items()}
 
 
 def _tensor(view: memoryview) -> torch.Tensor:

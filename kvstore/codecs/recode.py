@@ -46,7 +46,7 @@ def recode(frame: Frame, pipeline: Pipeline, layout: Layout) -> Frame:
         LayoutMismatchError: The frame belongs to another layout.
         FrameCorruptError: Its planes are not those that its pipeline makes.
     """
-    _check_identity(frame, layout, frame.key)
+    _check_identity(frame.head.header, layout, frame.key)
     header = frame.head.header
     if _named(header.pipeline, header.artefacts) == list(pipeline.spec):
         return frame

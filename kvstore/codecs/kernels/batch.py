@@ -108,7 +108,7 @@ def pipeline_of(
         raise PipelineError(f"{len(keys)} keys do not name {len(frames)} frames, one or more")
     first = frames[0].head.header
     for frame, key in zip(frames, keys, strict=True):
-        _check_identity(Frame(frame.head, ()), layout, key)
+        _check_identity(frame.head.header, layout, key)
         header = frame.head.header
         if (header.pipeline, header.artefacts, header.groups) != (first.pipeline, first.artefacts, first.groups):
             raise PipelineError("the frames of a batch must be of one pipeline, artefact and layer grouping")
