@@ -21,11 +21,14 @@ class Losses:
     """
 
     found: ProfileSet
+    lossless: frozenset[str] = field(init=False)
+    """Names of the profiles whose finest level loses nothing."""
     _profiles: dict[bytes, Profile] = field(init=False)
     _lengths: dict[str, tuple[int, ...]] = field(init=False)
     _known: dict[tuple[str, tuple[int, ...]], dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.lossless = frozenset(profile.name for profile in self.found.profiles if profile.lossless)
         self._profiles = {profile.id: profile for profile in self.found.profiles}
         lengths: dict[str, set[int]] = {}
         for profile in self.found.profiles:

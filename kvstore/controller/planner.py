@@ -173,19 +173,18 @@ class Planner:
         arms = [Arm(EXACT, 0.0, put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates()), later_s)]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
-            lost = _exactly(losses.of(profile, context.workload, chunks * context.chunk_tokens), profile.lossless)
-            ways = [
-                _measured(profile, level, loss_nats, raw_bytes)
-                for level, loss_nats in enumerate(lost)
-                if loss_nats <= budget_nats
-            ]
-            if lost[-1] > budget_nats or not ways:
+            lost = losses.of(profile, context.workload, chunks * context.chunk_tokens)
+            finest_nats = 0.0 if profile.name in losses.lossless else lost[-1]
+            if finest_nats > budget_nats:
                 continue
-            fetches_s = (_fetch_terms(way, raw_bytes, chunks, link, client.decode).total_s for way in ways)
+            # The coarsest level that will do has the fewest bytes, and is decoded fastest.
+            level = next((number for number, loss_nats in enumerate(lost) if loss_nats <= budget_nats), len(lost) - 1)
+            way = _measured(profile, level, finest_nats, raw_bytes)
+            later_s = _READS * _fetch_terms(way, raw_bytes, chunks, link, client.decode).total_s
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, lost[-1], terms, _READS * min(fetches_s)))
+            arms.append(Arm(profile.name, finest_nats, terms, later_s))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
@@ -329,11 +328,6 @@ def _compute(client: Client, context: Context, tokens: int, asked: int) -> Arm:
     else:
         prefill_s = client.prefill.seconds(tokens)
     return Arm(RECOMPUTE, 0.0, compute_terms(_UNKNOWN_PREFILL_S if prefill_s is None else prefill_s))
-
-
-def _exactly(lost: Sequence[float], lossless: bool) -> tuple[float, ...]:
-    """Losses by level; the finest of a lossless pipeline is none, whatever rounding made of it."""
-    return (*lost[:-1], 0.0) if lossless else tuple(lost)
 
 
 def _useful(arms: Sequence[Arm], budget_nats: float, *, hurried: bool) -> list[Arm]:
