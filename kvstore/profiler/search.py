@@ -133,10 +133,11 @@ class Search:
         chosen: list[int] = []
         with torch.no_grad():
             for _ in range(min(count, len(screened))):
+                if chosen:
+                    acquisition.set_X_pending(torch.cat([stacked[number] for number in chosen]))
                 values = acquisition(stacked)
                 values[chosen] = -math.inf
                 chosen.append(int(values.argmax()))
-                acquisition.set_X_pending(torch.cat([stacked[number] for number in chosen]))
         return [screened[number][0] for number in chosen]
 
     def _screen(self, model: MixedSingleTaskGP) -> list[tuple[Configuration, torch.Tensor]]:
