@@ -28,6 +28,12 @@ class Metrics:
         self.puts = self._counter("kvstore_puts", "Chunks put, by outcome.", ("outcome",))
         self.evictions = self._counter("kvstore_evictions", "Chunks evicted for room.", ("tier",))
         self.shrinks = self._counter("kvstore_shrinks", "Chunks that lost their top levels for room.", ("tier",))
+        self.placements = self._counter(
+            "kvstore_placements", "Decisions of the learned placement, by the highest level kept.", ("tier", "level")
+        )
+        self.fetched_levels = self._counter(
+            "kvstore_fetched_levels", "Chunks fetched, by the highest level asked for.", ("tier", "level")
+        )
         self.corrupt = self._counter("kvstore_corrupt", "Damaged frames found and taken away.", ("tier",))
         self.write_failures = self._counter(
             "kvstore_write_behind_failures", "Chunks that a write-behind queue could not store.", ("tier",)

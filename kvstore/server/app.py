@@ -82,6 +82,7 @@ def create_app(
         stack = await open_stack()
         chunk.backend = batch.backend = stack
         fetch.stack = waiting.stack = whole.stack = status.stack = stack
+        await profiles.place(stack.policies.placement)
         async with running_scrubber(stack, config, metrics):
             running.ready = True
             yield
