@@ -23,6 +23,8 @@ _GAP_WEIGHT = 1 / 1024
 
 _COUNTED_READS = 8
 _COUNT_KEPT = 1 - 1 / 4096
+_PRIOR_EVENTS = 256.0
+"""What comes of the first events is not seen at once, and until then they would look as if nothing did."""
 
 
 class Past(NamedTuple):
@@ -49,8 +51,8 @@ class Share:
 
     def __init__(self, kept: float) -> None:
         self._kept = kept
-        self._events = 2.0
-        self._hits = 1.0
+        self._events = _PRIOR_EVENTS
+        self._hits = self._events / 2
 
     def one(self) -> None:
         """One more event."""
