@@ -69,6 +69,52 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
+_TIERS_TEXT = """\
+A production trace is replayed through the `Index`, the `Policies` and the placement that a server runs, moved between
+tiers as the stack moves chunks: memory (10 GB/s), disk (2 GB/s), below them S3, which keeps everything, or nothing.
+Sizes and losses of levels are those of a profile of the default set, as measured; **times are modelled**, because S3
+and the link must change: every ninth of the requests has other rates. Three conversations in ten belong to an
+application that allows a loss of 0.001 nats, the others allow 0.01; each asks for the lowest level within that, which
+the budgeted policy takes. A request fetches what is held at its level as far as that is faster than to compute it
+(5,000 tokens a second, more behind long prefixes), and computes and puts the rest. **Seconds** are means over requests
+of the time until all that had been put before is there again. A **hit** is a chunk fetched, at a level within the
+budget; shares are of the chunks that had been put before. *host 1, disk 2* keeps levels 0 to 1 in memory and 0 to 2 on
+disk once there is no room; *learned* is kvstore's placement, told of each fetch, of levels that a plan found missing,
+and of nothing else. **Relative** is to the fixed levels that are best there, known only in hindsight. The order of
+evictions is chaotic where little fits: a few percent either way at one point of the smallest tiers say nothing."""
+
+_TIER_COLOURS = {"16 GB, 64 GB, s3": "#7fa8d4", "64 GB, 512 GB, s3": "#1f5fa8"}
+_TIER_COLOURS |= {"16 GB, 64 GB, nothing": "#d98a5b", "64 GB, 512 GB, nothing": "#b5483a"}
+
+_TIER_COLUMNS = (
+    Column("setting", "memory, disk, below"),
+    Column("placement", "levels"),
+    Column("mean_s", "s", plain),
+    Column("took_share", "relative", plain),
+    Column("hit_share", "hits", plain),
+    Column("hits_share", "relative", plain),
+)
+_POINT_COLUMNS = (Column("s3_gb_per_s", "S3 GB/s", plain), Column("link_gbit_per_s", "link Gb/s", plain))
+
+
+def _plot_tiers(rows: Sequence[Row], path: Path) -> None:
+    figure = new_figure((8, 4.6))
+    panel = figure.subplots()
+    points = [row for row in rows if row["table"] == "points" and row["placement"] == "learned"]
+    for setting in dict.fromkeys(row["setting"] for row in points):
+        mine = [row for row in points if row["setting"] == setting]
+        x, y = [row["point"] for row in mine], [row["took_share"] for row in mine]
+        panel.plot(x, y, "o-", color=_TIER_COLOURS.get(setting), label=setting, linewidth=1.8, markersize=4)
+    rates = {row["point"]: f"S3 {row['s3_gb_per_s']:g}\nlink {row['link_gbit_per_s']:g}" for row in points}
+    panel.axhline(1.0, color="#8a8f98", linewidth=1, linestyle="--")
+    panel.set_xticks(list(rates), list(rates.values()), fontsize=8)
+    panel.set_xlabel("S3 in GB/s, link in Gb/s; time passes to the right")
+    panel.set_ylabel("fetch time in that of the best fixed levels")
+    panel.grid(linewidth=0.3)
+    panel.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 CONTROLLER_PAGES: Mapping[str, Page] = {
     "controller_regret": Page(
         "Controller: time lost to an oracle",
@@ -101,6 +147,31 @@ CONTROLLER_PAGES: Mapping[str, Page] = {
             ),
         },
         _plot,
+    ),
+    "tier_profiles": Page(
+        "Levels chosen per tier",
+        _TIERS_TEXT,
+        {
+            "whole": RowTable(
+                "Over all requests", "Every setting, learned and with every fixed choice.", _TIER_COLUMNS
+            ),
+            "points": RowTable(
+                "While S3 and the link change",
+                "The same by the rates of the moment, in the order in which they came.",
+                (*_POINT_COLUMNS, *_TIER_COLUMNS),
+            ),
+            "levels": RowTable(
+                "Levels",
+                "Of the profile: how much smaller than the exact cache, and the loss on the prompts that suffer most.",
+                (
+                    Column("level", "level"),
+                    Column("ratio", "ratio", plain),
+                    Column("kl_nats", "KL, nats", plain),
+                    Column("trace", "trace"),
+                ),
+            ),
+        },
+        _plot_tiers,
     ),
     "published_settings": Page(
         "KVServe's published tables by the latency model",

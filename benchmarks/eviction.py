@@ -68,7 +68,7 @@ class Ours:
         self._index.validate()
 
     def _put(self, key: ChunkKey, number: int) -> None:
-        held = self._held[self._index.placed(self._whole, copy_bytes(self._whole.copy)) - 1]
+        held = self._held[self._index.placed(key, self._whole, copy_bytes(self._whole.copy)) - 1]
         size_bytes = copy_bytes(held.copy)
         self.evictions += sum(move.after is None for move in self._index.make_room({key: size_bytes}))
         origin = Origin(CHUNK_TOKENS, CHUNK_TOKENS * number, self._policies.history.parent(key))

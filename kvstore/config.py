@@ -18,6 +18,7 @@ from kvstore.errors import ConfigError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 WRITES = ("behind", "through")
+PLACEMENTS = ("static", "learned")
 ENCRYPTIONS = ("none", "AES256", "aws:kms")
 _LEVEL_MAX = 15
 
@@ -51,6 +52,7 @@ class ServerConfig:
         disk_write: When a put that does not ask for the disk is written there: behind the answer, or through.
         s3_write: The same for S3.
         shrink_level: Highest quality level that chunks keep in a tier without room.
+        placement: Whether `shrink_level` alone says so, or what fetches ask for, where profiles were pushed.
         token: Bearer token of the default tenant.
         tenants: Bearer token of every further tenant, by tenant name.
         tenant_secret: Key of the hash that keeps tenants apart; needed where `tenants` is set.
@@ -93,6 +95,7 @@ class ServerConfig:
     disk_write: str = "behind"
     s3_write: str = "behind"
     shrink_level: int = 1
+    placement: str = "learned"
     token: str | None = field(default=None, repr=False)
     tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
     tenant_secret: str | None = field(default=None, repr=False)
@@ -126,6 +129,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(WRITES)}, not {getattr(self, name)!r}")
         if not 0 <= self.shrink_level <= _LEVEL_MAX:
             raise ConfigError(f"shrink_level must be 0 to {_LEVEL_MAX}, not {self.shrink_level}")
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}, not {self.placement!r}")
         self._check_s3()
         if self.body_bytes_max < 2**10:
             raise ConfigError(f"body_bytes_max must be at least 1KiB, not {self.body_bytes_max} bytes")

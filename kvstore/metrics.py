@@ -30,6 +30,12 @@ class Metrics:
         self.puts = self._counter("kvstore_puts", "Chunks put, by outcome.", ("outcome",))
         self.evictions = self._counter("kvstore_evictions", "Chunks evicted for room.", ("tier",))
         self.shrinks = self._counter("kvstore_shrinks", "Chunks that lost their top levels for room.", ("tier",))
+        self.placements = self._counter(
+            "kvstore_placements", "Decisions of the learned placement, by the highest level kept.", ("tier", "level")
+        )
+        self.fetched_levels = self._counter(
+            "kvstore_fetched_levels", "Chunks fetched, by the highest level asked for.", ("tier", "level")
+        )
         self.corrupt = self._counter("kvstore_corrupt", "Damaged frames found and taken away.", ("tier",))
         self.write_failures = self._counter(
             "kvstore_write_behind_failures", "Chunks that a write-behind queue could not store.", ("tier",)
@@ -51,6 +57,15 @@ class Metrics:
         self.waits = self._counter("kvstore_waits", "Requests that waited for chunks, by how that ended.", ("outcome",))
         self.waiting = self._gauge("kvstore_waiting", "Requests that wait for chunks.", ())
         self.fetching_bytes = self._gauge("kvstore_fetching_bytes", "Bytes of chunks that fetches hold.", ())
+        self.queued_bytes = self._gauge("kvstore_write_behind_bytes", "Bytes waiting to be written.", ("tier",))
+        self._add_decisions()
+
+    def render(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _add_decisions(self) -> None:
+        """What the controller decides and learns."""
         self.decisions = self._counter(
             "kvstore_decisions",
             "Plans made, by what was asked and what is to be done.",
@@ -68,11 +83,6 @@ class Metrics:
         self.given_up = self._gauge(
             "kvstore_posteriors_given_up", "Times that what was learned of an arm was given up for the model.", ()
         )
-        self.queued_bytes = self._gauge("kvstore_write_behind_bytes", "Bytes waiting to be written.", ("tier",))
-
-    def render(self) -> bytes:
-        """The registry in Prometheus' text format."""
-        return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

@@ -27,7 +27,7 @@ def whole(number: int) -> Held:
 def put(index: Index, number: int, origin: Origin = Origin()) -> list[tuple[int, int]]:  # noqa: B008 (immutable)
     """Put a chunk of three levels as a tier does: the chunks that moved, each with the levels left of it."""
     found = whole(number)
-    found = shortened(found, index.placed(found, copy_bytes(found.copy)))
+    found = shortened(found, index.placed(KEYS[number], found, copy_bytes(found.copy)))
     size_bytes = copy_bytes(found.copy)
     moves = index.make_room({KEYS[number]: size_bytes})
     index.add(KEYS[number], found, size_bytes, origin)
@@ -173,7 +173,7 @@ def test_the_warmest_keep_their_levels_where_that_costs_next_to_nothing() -> Non
     keys = [make_key(number) for number in range(1000, 1600)]
     moved = []
     for number, key in enumerate(keys):
-        size_bytes = copy_bytes(shortened(whole(0), index.placed(whole(0), 10)).copy)
+        size_bytes = copy_bytes(shortened(whole(0), index.placed(KEYS[0], whole(0), 10)).copy)
         moved += index.make_room({key: size_bytes})
         index.add(key, shortened(whole(0), 3 if size_bytes == 10 else 1), size_bytes, Origin())
         for hot in keys[: min(2, number)]:

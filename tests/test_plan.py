@@ -350,6 +350,27 @@ async def test_a_deadline_cuts_the_stream_and_keeps_coarse_levels(
     assert await server.metric('kvstore_outcomes_total{result="learned"}') == 0
 
 
+async def test_gets_tell_how_fast_tiers_are(start: Start) -> None:
+    server = await start(decision_log=None)
+    await fill(server)
+    before = (await ask(server)).json["terms"]["fixed_s"]["tier"]
+    async with Client(server.url) as client:
+        await client.get(KEYS)
+    await asyncio.sleep(0)
+    # So few bytes tell of the time to the first one.
+    assert (await ask(server)).json["terms"]["fixed_s"]["tier"] > before
+
+
+async def test_a_level_that_is_missing_is_told_to_those_who_place(start: Start) -> None:
+    server = await start()
+    await fill(server)
+    async with Client(server.url) as client:
+        await client.trim(KEYS, level=0)
+    answer = (await ask(server)).json
+    assert answer["action"] == "recompute"
+    assert await server.metric('kvstore_fetched_levels_total{level="1",tier="none"}') == 5
+
+
 async def test_tenants_are_planned_for_apart(start: Start) -> None:
     tokens = {"one": "a" * 32, "two": "b" * 32}
     server = await start(tenants=tokens, tenant_secret="c" * 32)

@@ -215,7 +215,7 @@ class GpuBackend:
             return Stored(outcome, Ack.MEMORY), None
         coming = held_from(self.name, frame)
         size_bytes = _host_bytes(frame) + _slab_bytes(coming.copy)
-        placed = frame.truncated(self._index.placed(coming, size_bytes) - 1)
+        placed = frame.truncated(self._index.placed(key, coming, size_bytes) - 1)
         if outcome is Outcome.EXTENDED and placed.levels <= len(held.copy.level_bytes if held else ()):
             # There is no room for what it would add.
             return Stored(outcome, Ack.MEMORY), None

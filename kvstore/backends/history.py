@@ -9,15 +9,22 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kvstore.keys import ChunkKey
 
 HISTORY_MAX = 1 << 18
 
+T = TypeVar("T")
+
 # The first guess of a gap, and the weight of each gap that is measured in the running mean.
 _GAP_READS = 1024.0
 _GAP_WEIGHT = 1 / 1024
+
+_COUNTED_READS = 8
+_COUNT_KEPT = 1 - 1 / 4096
+_PRIOR_EVENTS = 256.0
+"""What comes of the first events is not seen at once, and until then they would look as if nothing did."""
 
 
 class Past(NamedTuple):
@@ -35,6 +42,33 @@ class Past(NamedTuple):
 _UNKNOWN = Past(0, 0)
 
 
+class Share:
+    """A running share of events that something came of, older ones counting less. Starts at a half.
+
+    Args:
+        kept: What an event counts after the next one.
+    """
+
+    def __init__(self, kept: float) -> None:
+        self._kept = kept
+        self._events = _PRIOR_EVENTS
+        self._hits = self._events / 2
+
+    def one(self) -> None:
+        """One more event."""
+        self._events = self._kept * self._events + 1
+        self._hits *= self._kept
+
+    def hit(self) -> None:
+        """Something came of one of them."""
+        self._hits += 1
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return min(1.0, self._hits / self._events)
+
+
 class History:
     """Reads and parents of the chunks that were last dealt with.
 
@@ -49,6 +83,8 @@ class History:
         self._log_gap = math.log(_GAP_READS)
         self._past: OrderedDict[ChunkKey, Past] = OrderedDict()
         self._parents: OrderedDict[ChunkKey, ChunkKey] = OrderedDict()
+        self._asked: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._again = [Share(_COUNT_KEPT) for _ in range(_COUNTED_READS)]
 
     @property
     def time(self) -> int:
@@ -71,6 +107,7 @@ class History:
         """
         past = self._past.get(key)
         if past is None:
+            self._again[0].one()
             self._note(key, Past(0, self._time))
         elif gone_at is not None and past.time <= gone_at:
             self.read(key)
@@ -93,6 +130,8 @@ class History:
         past = self._past.get(key)
         if past is not None:
             self._log_gap += _GAP_WEIGHT * (math.log(self._time - past.time) - self._log_gap)
+            self._again[min(past.reads, _COUNTED_READS - 1)].hit()
+            self._again[min(past.reads + 1, _COUNTED_READS - 1)].one()
         self._note(key, Past((past or _UNKNOWN).reads + 1, self._time))
 
     def past(self, key: ChunkKey) -> Past:
@@ -103,20 +142,36 @@ class History:
         """How often a chunk was read."""
         return self.past(key).reads
 
+    def again(self, reads: int) -> float:
+        """Share of the chunks read so often that are read once more."""
+        return self._again[min(reads, _COUNTED_READS - 1)].value
+
+    def ask(self, key: ChunkKey, level: int) -> None:
+        """Note up to which level a chunk was asked for."""
+        _renew(self._asked, key, level, self._chunks_max)
+
+    def asked(self, key: ChunkKey) -> int | None:
+        """Up to which level a chunk was last asked for; as the chunk before it where nobody asked for it yet."""
+        return self._asked.get(key)
+
     def follow(self, keys: Sequence[ChunkKey]) -> None:
         """Note that these chunks follow each other in a prompt."""
         for parent, key in pairwise(keys):
-            self._parents[key] = parent
-            self._parents.move_to_end(key)
-            if len(self._parents) > self._chunks_max:
-                self._parents.popitem(last=False)
+            _renew(self._parents, key, parent, self._chunks_max)
+            if key not in self._asked and (level := self._asked.get(parent)) is not None:
+                self.ask(key, level)
 
     def parent(self, key: ChunkKey) -> ChunkKey | None:
         """The chunk before this one, where known."""
         return self._parents.get(key)
 
     def _note(self, key: ChunkKey, past: Past) -> None:
-        self._past[key] = past
-        self._past.move_to_end(key)
-        if len(self._past) > self._chunks_max:
-            self._past.popitem(last=False)
+        _renew(self._past, key, past, self._chunks_max)
+
+
+def _renew(table: OrderedDict[ChunkKey, T], key: ChunkKey, value: T, most: int) -> None:
+    """Set what a table knows of a chunk, as its newest; the oldest goes where there are too many."""
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > most:
+        table.popitem(last=False)

@@ -88,7 +88,7 @@ class HostBackend:
         held = self._index.get(key)
         outcome = put_outcome(held, frame)
         if outcome in (Outcome.WRITTEN, Outcome.EXTENDED):
-            placed = frame.truncated(self._index.placed(held_from(self.name, frame), frame.memory_bytes) - 1)
+            placed = frame.truncated(self._index.placed(key, held_from(self.name, frame), frame.memory_bytes) - 1)
             if outcome is Outcome.EXTENDED and placed.levels <= len(held.copy.level_bytes if held else ()):
                 # There is no room for what it would add.
                 return Stored(outcome, Ack.MEMORY)

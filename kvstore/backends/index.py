@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvstore.backend import Copy, Held, Match, Miss, Reason
 from kvstore.backends.forest import Forest
+from kvstore.backends.history import Share
 from kvstore.backends.parking import Parking
 from kvstore.backends.policies import Load, Origin, Policies
 from kvstore.backends.warmth import Chunk, Queue, Warmth
@@ -25,6 +26,7 @@ from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 
 _WHOLE_SHARE = 0.005
 _GHOSTS_MAX = 1 << 16
+_LOST_KEPT = 1 - 1 / 4096
 _PRESSED_SHARE = math.nextafter(1.0, 2.0)
 
 shared_copy = lru_cache(maxsize=4096)(Copy)
@@ -116,6 +118,7 @@ class Index:
         self._whole = Queue(self._chunks)
         self._excess_bytes = 0
         self._parking = Parking(self._policies.pins)
+        self._lost = Share(_LOST_KEPT)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -148,9 +151,9 @@ class Index:
             self._warmth.note(missed=False)
             self._history.read(key)
 
-    def placed(self, held: Held, size_bytes: int) -> int:
+    def placed(self, key: ChunkKey, held: Held, size_bytes: int) -> int:
         """Number of levels of a chunk that is about to come in which this tier will keep, at least one."""
-        return self._levels_kept(held, Load((self.used_bytes + size_bytes) / max(1, self.budget_bytes), 0))
+        return self._levels_kept(key, held, (self.used_bytes + size_bytes) / max(1, self.budget_bytes))
 
     def make_room(self, sizes_bytes: Mapping[ChunkKey, int]) -> list[Move]:
         """Shrink chunks, and take others out of the index, so that new ones can be added or grow.
@@ -186,6 +189,7 @@ class Index:
         while self.used_bytes > goal_bytes and (key := self._next_victim(keep, aside)) is not None:
             if not self._shrink(key, used_share, moves):
                 moves.append(Move(key, self._held[key], self._chunks[key].size_bytes, None, self._chunks[key].origin))
+                self._lost.one()
                 self.drop(key, Reason.EVICTED)
         for kept in aside:
             self._settle(kept)
@@ -206,6 +210,7 @@ class Index:
             ghost = self._ghosts.get(key)
             if ghost is not None and ghost.reason is Reason.EVICTED:
                 self._warmth.note(missed=True)
+                self._lost.hit()
             self._history.enter(key, ghost and ghost.time)
         self._set(key, held, size_bytes, origin)
 
@@ -250,7 +255,10 @@ class Index:
         assert not self._ghosts.keys() & self._held.keys()
         assert len(self._ghosts) <= _GHOSTS_MAX
 
-    def _levels_kept(self, held: Held, load: Load) -> int:
+    def _levels_kept(self, key: ChunkKey, held: Held, used_share: float) -> int:
+        history = self._history
+        reads = history.reads(key)
+        load = Load(used_share, reads, history.asked(key), history.again(reads), self._lost.value)
         return max(1, min(len(held.copy.level_bytes), self._policies.placement(held, self.tier, load) + 1))
 
     def _set(self, key: ChunkKey, held: Held, size_bytes: int, origin: Origin) -> None:
@@ -258,7 +266,7 @@ class Index:
             self._count(before, -1)
         self._ghosts.pop(key, None)
         self._held[key] = held
-        levels = self._levels_kept(held, Load(_PRESSED_SHARE, self._history.reads(key)))
+        levels = self._levels_kept(key, held, _PRESSED_SHARE)
         self._chunks[key] = chunk = Chunk(size_bytes, origin, self._saved_bytes(held, levels))
         self._count(chunk, 1)
         if key not in self._parking:
@@ -339,7 +347,7 @@ class Index:
     def _shrink(self, key: ChunkKey, used_share: float, moves: list[Move]) -> bool:
         """Take from a chunk the levels that the placement does not grant it; False where it grants all."""
         held, chunk = self._held[key], self._chunks[key]
-        levels = self._levels_kept(held, Load(used_share, self._history.reads(key)))
+        levels = self._levels_kept(key, held, used_share)
         if levels >= len(held.copy.level_bytes):
             self._count(chunk, -1)
             chunk.excess_bytes = 0

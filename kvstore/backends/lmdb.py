@@ -211,7 +211,7 @@ class LmdbBackend:
         fresh = {}
         for key, frame in batch.items():
             if outcomes[key] in (Outcome.WRITTEN, Outcome.EXTENDED):
-                fresh[key] = self._placed(frame)
+                fresh[key] = self._placed(key, frame)
                 if (
                     outcomes[key] is Outcome.EXTENDED
                     and put_outcome(self._index.get(key), fresh[key]) is Outcome.EXISTS
@@ -224,10 +224,10 @@ class LmdbBackend:
             for key in batch
         ]
 
-    def _placed(self, frame: Frame) -> Frame:
+    def _placed(self, key: ChunkKey, frame: Frame) -> Frame:
         """The levels of a frame that this tier keeps now."""
         held = held_from(self.name, frame)
-        return frame.truncated(self._index.placed(held, size_on_disk_bytes(held.copy)) - 1)
+        return frame.truncated(self._index.placed(key, held, size_on_disk_bytes(held.copy)) - 1)
 
     async def _write(self, fresh: dict[ChunkKey, Frame]) -> BackendError | None:
         """Write frames in one transaction, giving up more chunks while the map is full."""

@@ -5,7 +5,7 @@ which is hot in memory does not look cold on disk.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,10 +23,60 @@ class Load(NamedTuple):
     Args:
         used_share: Bytes that the tier holds, with those that want in, as a share of its budget; may be above 1.
         reads: How often the chunk was read, as far as anybody remembers.
+        asked: Highest level that the last fetch of it asked for, or of the chunk before it; None where nobody knows.
+        again: Share of the chunks read so often that are read once more.
+        lost: Share of the chunks given up by the tier that were asked for again.
     """
 
     used_share: float
     reads: int
+    asked: int | None = None
+    again: float = 1.0
+    lost: float = 1.0
+
+
+class FetchedChunk(NamedTuple):
+    """A chunk that was asked for.
+
+    Args:
+        profile: `Copy.profile` of its frame.
+        level: Highest level asked for.
+        asked: `Load.asked` before that.
+        tier: Which tier had all that was asked for; empty where none had.
+        reads: `Load.reads` before that.
+    """
+
+    profile: bytes
+    level: int
+    asked: int | None
+    tier: str
+    reads: int
+
+
+class TierRead(NamedTuple):
+    """What one fetch read from one tier.
+
+    Args:
+        tier: The tier.
+        size_bytes: Bytes of frames.
+        took_s: Seconds that it took.
+    """
+
+    tier: str
+    size_bytes: int
+    took_s: float
+
+
+class Fetched(NamedTuple):
+    """What became of a fetch, for a placement that learns.
+
+    Args:
+        chunks: The chunks asked for that any tier had.
+        reads: What was read of each tier.
+    """
+
+    chunks: Sequence[FetchedChunk]
+    reads: Sequence[TierRead]
 
 
 Placement = Callable[[Held, str, Load], int]
@@ -117,11 +167,13 @@ class Policies:
         placement: How many levels a chunk keeps in a tier.
         history: What was read, and which chunk follows which.
         pins: What must stay.
+        learners: Told of every fetch.
     """
 
     placement: Placement = field(default_factory=StaticPlacement)
     history: History = field(default_factory=History)
     pins: Pins = field(default_factory=Pins)
+    learners: list[Callable[[Fetched], None]] = field(default_factory=list)
 
     def origin(self, key: ChunkKey, frame: Frame) -> Origin:
         """Where a frame's chunk stands in its prompt."""

@@ -194,6 +194,15 @@ class Planner:
         decision = self._decide(situation, arms, context, client, note)
         return decision, profiles.get(decision.choice.arm.name)
 
+    def coarsest(self, losses: Losses, copy: Copy, context: Context, chunks: int) -> int | None:
+        """The coarsest level of a copy's profile within the budget, held or not; None where there is none."""
+        profile = losses.profile(copy.profile)
+        if profile is None:
+            return None
+        lost = losses.of(profile, context.workload, chunks * context.chunk_tokens)
+        budget_nats = self._budget_nats(context)
+        return next((level for level, loss_nats in enumerate(lost) if loss_nats <= budget_nats), None)
+
     def observe(self, tenant: str, number: int, outcome: Outcome) -> Pending | Ignored:
         """Learn what came of a decision.
 

@@ -85,6 +85,8 @@ def create_app(
         stack = await open_stack()
         chunk.backend = batch.backend = stack
         fetch.stack = waiting.stack = whole.stack = status.stack = plans.stack = stack
+        stack.policies.learners.append(plans.learn)
+        await profiles.place(stack.policies.placement)
         async with running_scrubber(stack, config, metrics), plans.running():
             running.ready = True
             yield

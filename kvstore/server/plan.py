@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from kvstore.backend import Match
+from kvstore.backends.policies import Fetched, FetchedChunk
 from kvstore.config import ServerConfig
 from kvstore.controller.controller import Controller, Decision, Ignored
 from kvstore.controller.decisions import DecisionLog, line_of, outcome_line
@@ -112,6 +113,11 @@ class PlanRoutes:
             if self._log is not None:
                 self._log.close()
 
+    def learn(self, fetched: Fetched) -> None:
+        """Learn from a get how fast tiers are."""
+        for tier, size_bytes, took_s in fetched.reads:
+            self.planner.observe_read(tier, size_bytes, took_s)
+
     async def plan(self, request: web.Request) -> web.Response:
         """What a get or put should be like: the decision, its terms, and what is held."""
         tenant = self._tenants.authenticate(request)
@@ -155,10 +161,23 @@ class PlanRoutes:
         decision, level = self.planner.plan_get(who, losses, match.held, context, len(keys))
         self._metrics.decision_seconds.observe(time.perf_counter() - started_s)
         action = Action.RECOMPUTE if decision.choice.arm.name == RECOMPUTE else Action.FETCH
+        if action is Action.RECOMPUTE:
+            self._tell_missing(losses, keys, match, context)
         made = map(losses.profile, {held.copy.profile for held in match.held})
         artefacts = tuple({digest: None for profile in made if profile for digest in profile.artefacts})
         plan = _plan(action, decision)._replace(level=level, artefacts=artefacts)
         return self._answer("get", plan, decision, match, fields)
+
+    def _tell_missing(self, losses: Losses, keys: list[ChunkKey], match: Match, context: Context) -> None:
+        """Let who learns from fetches know of levels within the budget that no tier has: nobody will ask for them."""
+        history = self.stack.policies.history
+        missing = []
+        for key, held in zip(keys, match.held, strict=False):
+            level = self.planner.coarsest(losses, held.copy, context, len(match.held))
+            if level is not None and level >= len(held.copy.level_bytes):
+                missing.append(FetchedChunk(held.copy.profile, level, history.asked(key), "", history.reads(key)))
+        for learn in self.stack.policies.learners if missing else ():
+            learn(Fetched(missing, []))
 
     def _plan_put(self, who: Who, namespace: bytes, context: Context, fields: dict[str, Any]) -> web.Response:
         chunks = integer(fields, "chunks", 1, CHUNKS_MAX)

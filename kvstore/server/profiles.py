@@ -8,16 +8,19 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from aiohttp import web
 
+from kvstore.backends.policies import Placement
 from kvstore.controller.losses import Losses
+from kvstore.controller.placement import LearnedPlacement
 from kvstore.controller.tables import renewed
 from kvstore.errors import BackendFullError, KVStoreError, NoProfilesError, ProfileError
 from kvstore.files import write_whole
 from kvstore.inspection import artefact_report
-from kvstore.keys import DIGEST_BYTES, parse_hex
+from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, parse_hex
 from kvstore.profile import SET_BYTES_MAX, SET_FILE, ProfileSet, load_profiles, profiles_json
 from kvstore.server.auth import Tenants
 from kvstore.server.query import url_namespace
@@ -79,6 +82,16 @@ class ProfileStore:
             return None
         return load_profiles(data)
 
+    def all(self) -> Iterator[tuple[bytes, ProfileSet]]:
+        """The sets of all namespaces that can be read."""
+        for file in sorted(self._folder.glob(f"*/{SET_FILE}")):
+            try:
+                namespace = parse_hex(file.parent.name, NAMESPACE_BYTES, "namespace")
+                if (found := self.get(namespace)) is not None:
+                    yield namespace, found
+            except (KVStoreError, OSError) as exc:
+                log.warning("the profiles in %s cannot be used: %s", file.parent, exc)
+
     def delete(self, namespace: bytes) -> None:
         """Forget the set of a namespace and its artefacts."""
         shutil.rmtree(self._folder / namespace.hex(), ignore_errors=True)
@@ -128,6 +141,14 @@ class ProfileRoutes:
         self._receiver = receiver
         self._store = store
         self._writing = asyncio.Lock()
+        self._placement: LearnedPlacement | None = None
+
+    async def place(self, placement: Placement) -> None:
+        """Tell a placement that learns of every set, now and whenever one is put or deleted."""
+        if isinstance(placement, LearnedPlacement):
+            self._placement = placement
+            for namespace, found in await asyncio.to_thread(lambda: list(self._store.all())):
+                placement.know(namespace, found)
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this group."""
@@ -145,6 +166,7 @@ class ProfileRoutes:
         found = load_profiles(await self._receiver.body(request, _JSON, SET_BYTES_MAX))
         async with self._writing:
             missing = await asyncio.to_thread(self._store.put, namespace, found)
+            self._know(namespace, found)
         return web.json_response({"profiles": len(found.profiles), "missing": missing})
 
     async def get(self, request: web.Request) -> web.Response:
@@ -160,6 +182,7 @@ class ProfileRoutes:
         namespace = self._namespace(request)
         async with self._writing:
             await asyncio.to_thread(self._store.delete, namespace)
+            self._know(namespace, None)
         return web.Response(status=204)
 
     async def put_artefact(self, request: web.Request) -> web.Response:
@@ -176,6 +199,10 @@ class ProfileRoutes:
         if file is None:
             raise NoProfilesError("there is no such artefact for this namespace")
         return web.FileResponse(file, headers={"Content-Type": _BYTES})
+
+    def _know(self, namespace: bytes, found: ProfileSet | None) -> None:
+        if self._placement is not None:
+            self._placement.know(namespace, found)
 
     def _namespace(self, request: web.Request) -> bytes:
         tenant = self._tenants.authenticate(request)

@@ -12,6 +12,7 @@ from kvstore.config import ServerConfig
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
 from kvstore.server.app import RUNNING, WAITING, create_app
+from kvstore.server.placing import policies_of
 from kvstore.tiers import open_tiers
 from kvstore.wire import READ_BYTES
 
@@ -30,7 +31,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[str]:
     """
     metrics = Metrics()
 
-    app = create_app(lambda: open_tiers(config, metrics), config, metrics)
+    app = create_app(lambda: open_tiers(config, metrics, policies_of(config, metrics)), config, metrics)
     runner = web.AppRunner(
         app,
         access_log=None,

@@ -20,13 +20,18 @@ _S3_BATCH_BYTES = 8 << 20
 """Of a slow tier little is written at one time, so that a delete does not wait for much."""
 
 
-async def open_tiers(config: ServerConfig, metrics: Metrics) -> TieredBackend:
+async def open_tiers(config: ServerConfig, metrics: Metrics, policies: Policies | None = None) -> TieredBackend:
     """Open GPU memory, host memory, the disk and S3, as far as each is configured.
+
+    Args:
+        config: What is configured.
+        metrics: Where the tiers count.
+        policies: What they share; by default with `shrink_level` for every tier.
 
     Raises:
         ConfigError: A tier cannot be used as it is configured; what was opened is closed again.
     """
-    policies = Policies(placement=StaticPlacement(config.shrink_level))
+    policies = policies or Policies(placement=StaticPlacement(config.shrink_level))
     async with _all_or_none() as tiers:
         if config.gpu_bytes:
             tiers.append(await _open_gpu(config, metrics, policies))

@@ -36,6 +36,7 @@ from kvstore.tiers.arrivals import Arrivals, wait_in
 from kvstore.tiers.changes import Changes
 from kvstore.tiers.coders import Coders, Recode
 from kvstore.tiers.flights import Flights
+from kvstore.tiers.lessons import Lesson
 
 _COPY = attrgetter("copy")
 _PURGE_CHUNKS = 1024
@@ -113,12 +114,16 @@ class TieredBackend:
     async def get(self, keys: Sequence[ChunkKey], *, level: int | None = None) -> list[Frame | Miss]:
         found: dict[ChunkKey, Frame | Miss] = {}
         tier_of: dict[ChunkKey, str] = {}
+        lesson = Lesson(self.policies, level)
         with self.changes.watching(keys) as changed:
             for depth, tier in enumerate(self.tiers):
+                lesson.begin()
                 served, led = await self._get_more(depth, keys, level, found, tier_of)
+                lesson.read(tier.name, served, led)
                 tier_of |= dict.fromkeys(served, tier.name)
                 if depth:
                     await self._promote(depth, {key: served[key] for key in served if key in led}, changed)
+        lesson.end(found, tier_of)
         self._count(keys, found, tier_of)
         return [found[key] for key in keys]
 
