@@ -157,6 +157,14 @@ def test_a_put_over_a_fast_link_is_not_worth_its_encoding() -> None:
     assert plans.plan_put(WHO, Losses(SET), 4, CONTEXT)[1] is None
 
 
+@pytest.mark.parametrize(("reads", "expected"), [(None, None), (1.0, None), (100.0, "thorough")])
+def test_what_is_read_often_is_worth_encoding(reads: float | None, expected: str | None) -> None:
+    thorough = profile(name="thorough", encode_s_per_gb=30.0, levels=levels((4, 0.0002)))
+    found = Losses(parse_profiles(a_set(profiles=[thorough])))
+    chosen = planner().plan_put(WHO, found, 4, CONTEXT._replace(reads=reads))[1]
+    assert (chosen and chosen.name) == expected
+
+
 def test_links_that_turn_out_slow_make_computing_the_better_arm() -> None:
     plans = planner()
     chunks = [held(SET.profiles[0])] * 4

@@ -33,7 +33,7 @@ _NEIGHBOURS_MIN = 3
 _UNKNOWN_PREFILL_S = 3600.0
 """Where nobody knows what computing takes, it is done where nothing else is allowed."""
 _READS = 1.0
-"""How often a chunk that is put is expected to be fetched."""
+"""How often a chunk that is put is expected to be fetched, where nobody says."""
 _TIER_BYTES_PER_S = {"gpu": 2e11, "host": 2e10, "lmdb": 1e9, "s3": 2e8}
 _TIER_RTT_S = {"gpu": 1e-5, "host": 1e-5, "lmdb": 1e-3, "s3": 0.05}
 """What tiers are expected to be like before anything was read from them."""
@@ -160,16 +160,17 @@ class Planner:
         """How to encode chunks that are about to be put.
 
         Every profile of the set whose finest level is within the budget is an arm, and so is not to encode at all. An
-        arm costs what the put takes, and what a fetch of it would take after that.
+        arm costs what the put takes, and what the fetches of it would take after that.
 
         Returns:
             The decision, and the profile; None for no compression.
         """
         client = self._client(who)
         link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
+        reads = _READS if context.reads is None else context.reads
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
-        later_s = _READS * _fetch_terms(exact, raw_bytes, chunks, link, client.decode).total_s
+        later_s = reads * _fetch_terms(exact, raw_bytes, chunks, link, client.decode).total_s
         arms = [Arm(EXACT, 0.0, put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates()), later_s)]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
@@ -185,7 +186,7 @@ class Planner:
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, lost[-1], terms, _READS * min(fetches_s)))
+            arms.append(Arm(profile.name, lost[-1], terms, reads * min(fetches_s)))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
