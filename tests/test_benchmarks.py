@@ -48,6 +48,7 @@ def test_wire_runs(tmp_path: Path) -> None:
         ("tiers", 5),
         ("controller_regret", 3),
         ("published_settings", 2),
+        ("bandwidth_sweep", 4),
     ],
 )
 def test_benchmarks_run(name: str, aims: int, tmp_path: Path) -> None:
