@@ -24,8 +24,9 @@ bandwidth it begins as a client that the server has not seen; a first put and so
 apart, then it puts again. In every round all arms are fetched once in an order drawn anew; those that take more than
 three seconds are left out of later rounds. Fewer than 30 repetitions fit into the time that a run may take. Levels
 beyond the quality budget are no arms. Ratios and times of coding are measured at the start of the run on this cache,
-one chunk and one thread at a time; losses are those of the set of profiles that ships with kvstore (measured on the
-same small model at its own geometry, on other text), with a standard error on top."""
+chunks encoded one after the other and decoded side by side, as the client does it; losses are those of the set of
+profiles that ships with kvstore (measured on the same small model at its own geometry, on other text), with a
+standard error on top."""
 
 _SCHEDULE_TEXT = """\
 Sums over the same requests, at whose beginning the link's rate jumps or drifts; adaptive's first requests, in which it

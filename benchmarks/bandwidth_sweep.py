@@ -61,8 +61,8 @@ class Run:
         (5.0, 2.5, 5.0, 2.5, 5.0),
         (1.0, 0.5, 0.25, 0.5, 1.0),
     )
-    rounds: int = 7
-    slow_rounds: int = 3
+    rounds: int = 11
+    slow_rounds: int = 2
     warm_gets: int = 4
 
 

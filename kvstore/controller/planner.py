@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 from kvstore.backend import Copy, Held
@@ -160,18 +160,20 @@ class Planner:
         """How to encode chunks that are about to be put.
 
         Every profile of the set whose finest level is within the budget is an arm, and so is not to encode at all. An
-        arm costs what the put takes, and what the fetches of it would take after that.
+        arm costs what the put takes, and what the fetches of it would take after that: half of them over the link as
+        it is now, half as it was in the last transfers. Whoever can compute sooner than that fetches nothing.
 
         Returns:
             The decision, and the profile; None for no compression.
         """
         client = self._client(who)
         link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
+        later = _Later(client, raw_bytes, chunks, _ends_s(context))
         reads = _READS if context.reads is None else context.reads
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
-        later_s = reads * _fetch_terms(exact, raw_bytes, chunks, link, client.decode).total_s
-        arms = [Arm(EXACT, 0.0, put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates()), later_s)]
+        terms = put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates())
+        arms = [Arm(EXACT, 0.0, terms, reads * later.fetch_s([exact]))]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
             lost = _exactly(losses.of(profile, context.workload, chunks * context.chunk_tokens), profile.lossless)
@@ -182,11 +184,10 @@ class Planner:
             ]
             if lost[-1] > budget_nats or not ways:
                 continue
-            fetches_s = (_fetch_terms(way, raw_bytes, chunks, link, client.decode).total_s for way in ways)
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, lost[-1], terms, reads * min(fetches_s)))
+            arms.append(Arm(profile.name, lost[-1], terms, reads * later.fetch_s(ways)))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
@@ -300,6 +301,39 @@ class Planner:
             return Client(LinkState(rate=Level(median(known))))
 
         return renewed(clients, who.link, _LINKS_MAX, made)
+
+
+class _Later(NamedTuple):
+    """What becomes of a copy that is put now.
+
+    Args:
+        client: Who will fetch it.
+        raw_bytes: Bytes of the exact cache.
+        chunks: Into how many it is cut.
+        ends_s: Time to compute it; infinite where nobody knows.
+    """
+
+    client: Client
+    raw_bytes: float
+    chunks: int
+    ends_s: float
+
+    def fetch_s(self, ways: Sequence[Fetching]) -> float:
+        """Expected time of one fetch, each time in the best way."""
+        link = _link_of(self.client)
+        now_s = self._best_s(ways, link)
+        past_s = [self._best_s(ways, link._replace(bytes_per_s=rate)) for rate in self.client.link.past]
+        return (now_s + fmean(past_s)) / 2 if past_s else now_s
+
+    def _best_s(self, ways: Sequence[Fetching], link: Link) -> float:
+        """The fastest way over a link."""
+        times_s = (_fetch_terms(way, self.raw_bytes, self.chunks, link, self.client.decode).total_s for way in ways)
+        return min(self.ends_s, *times_s)
+
+
+def _ends_s(context: Context) -> float:
+    """When computing would be done."""
+    return math.inf if context.prefill_s is None else context.prefill_s
 
 
 def _link_of(client: Client) -> Link:
