@@ -76,7 +76,7 @@ bench-peers: .venv-peers/.made .venv-lmcache/.made
 
 bench-engine_quality: .venv-vllm/.made
 
-# Network namespaces and tc (iproute2) take root.
+# Network namespaces and tc (iproute2) take root, for bandwidth_sweep too.
 bench-engines: .venv-lmcache/.made
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev

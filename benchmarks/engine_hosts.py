@@ -55,7 +55,12 @@ def engine(
 
 def to_kvstore(**options: Any) -> dict[str, Any]:
     """How an engine uses the kvstore server behind the link; see `kvstore_transfer`."""
-    return kvstore_transfer(f"http://{STORE_ADDRESS}:{_KVSTORE_PORT}", **options)
+    return kvstore_transfer(kvstore_url(), **options)
+
+
+def kvstore_url() -> str:
+    """Where the kvstore server behind the link listens."""
+    return f"http://{STORE_ADDRESS}:{_KVSTORE_PORT}"
 
 
 def to_lmcache() -> dict[str, Any]:

@@ -4,9 +4,12 @@ It takes root, `ip` and `tc`. What is made is removed when the block ends; the n
 two runs do not meet.
 """
 
+import ctypes
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +25,19 @@ ENGINE_ADDRESS = "10.77.0.2"
 FREE_GBIT_PER_S = 40.0
 """More than a pair of virtual interfaces carries here: not shaped."""
 
+_CLONE_NEWNET = 0x40000000
 _MTU = 9000
 _QUIET_S = 0.02
 _COUNTERS = "cat /sys/class/net/engine/statistics/rx_bytes /sys/class/net/engine/statistics/tx_bytes"
+
+
+_SENDER = """\
+import socket, sys
+with socket.create_server((sys.argv[1], 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    with server.accept()[0] as connection:
+        connection.sendall(bytes(int(sys.argv[2])))
+"""
 
 
 class Link:
@@ -61,6 +74,32 @@ class Link:
             for namespace, _, _ in self._sides:
                 if Path("/run/netns", namespace).exists():
                     _run("ip", "netns", "del", namespace)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread, and those that it starts, are on the engines' side for as long as the block runs."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        there = os.open(f"/run/netns/{self._engine}", os.O_RDONLY)
+        try:
+            _set_namespace(there)
+            yield
+        finally:
+            _set_namespace(home)
+            os.close(home)
+            os.close(there)
+
+    def measured_gbit_per_s(self, size_bytes: int) -> float:
+        """What a plain TCP connection gets through to the engines' side, on which the caller is."""
+        command = [*self.store_side, sys.executable, "-c", _SENDER, STORE_ADDRESS, str(size_bytes)]
+        with running(command) as sender:
+            assert sender.stdout is not None, "`running` pipes it"
+            with socket.create_connection((STORE_ADDRESS, int(sender.stdout.readline()))) as connection:
+                # What is in the bucket when it begins came at no cost.
+                left = size_bytes - len(connection.recv(1 << 20))
+                started_s, counted = time.monotonic(), left
+                while left and (got := len(connection.recv(1 << 20))):
+                    left -= got
+                return 8e-9 * (counted - left) / (time.monotonic() - started_s)
 
     def shape(self, gbit_per_s: float) -> None:
         """Set the rate of both directions; what is on its way stays there."""
@@ -121,6 +160,12 @@ def missing() -> str | None:
     if absent:
         return f"{' and '.join(absent)} (package iproute2)"
     return None if os.geteuid() == 0 else "root, for network namespaces"
+
+
+def _set_namespace(descriptor: int) -> None:
+    """`os.setns`, which Python has from 3.12 on."""
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace")
 
 
 def _run(*command: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bandwidth_pages import BANDWIDTH_PAGES
 from benchmarks.codec_pages import CODEC_PAGES
 from benchmarks.controller_pages import CONTROLLER_PAGES
 from benchmarks.engine_pages import ENGINE_PAGES
@@ -231,6 +232,7 @@ PAGES: Mapping[str, Page] = {
         },
         _plot_wire,
     ),
+    **BANDWIDTH_PAGES,
     **CODEC_PAGES,
     **CONTROLLER_PAGES,
     **ENGINE_PAGES,

@@ -17,6 +17,7 @@ CHUNKS_MAX = 1 << 16
 SECONDS_MAX = 1e5
 NATS_MAX = 1e3
 BYTES_MAX = 1 << 50
+READS_MAX = 1e9
 _CHUNK_BYTES_MAX = 1 << 40
 _CHUNK_TOKENS_MAX = 1 << 16
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -43,6 +44,7 @@ class Context(NamedTuple):
         budget_nats: Largest quality loss; None for the server's default.
         deadline_s: Time that it may take; None where it is only wanted soon.
         prefill_s: Time to compute what is asked for, all of it; None where the asker does not know.
+        reads: How often what is put is going to be fetched; None where nobody knows.
     """
 
     chunk_bytes: int
@@ -51,6 +53,7 @@ class Context(NamedTuple):
     budget_nats: float | None = None
     deadline_s: float | None = None
     prefill_s: float | None = None
+    reads: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -116,6 +119,7 @@ def parse_context(value: object) -> Context:
         budget_nats=_optional(fields, "budget_nats", 0.0, NATS_MAX),
         deadline_s=_optional(fields, "deadline_s", 0.0, SECONDS_MAX),
         prefill_s=_optional(fields, "prefill_s", 0.0, SECONDS_MAX),
+        reads=_optional(fields, "reads", 0.0, READS_MAX),
     )
 
 

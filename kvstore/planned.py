@@ -30,18 +30,19 @@ class Wish:
         budget_nats: Largest quality loss; None for the server's default.
         deadline_s: Time that it may take; None where it is only wanted soon.
         prefill_s: Time to compute all of it; None where the caller does not know.
+        reads: How often what is put is going to be fetched; the more often, the more encoding it is worth.
     """
 
     workload: str = "text"
     budget_nats: float | None = None
     deadline_s: float | None = None
     prefill_s: float | None = None
+    reads: float | None = None
 
     def context(self, layout: Layout) -> Context:
         """What the server is told."""
-        return Context(
-            layout.chunk_bytes, layout.chunk_tokens, self.workload, self.budget_nats, self.deadline_s, self.prefill_s
-        )
+        chunk = (layout.chunk_bytes, layout.chunk_tokens)
+        return Context(*chunk, self.workload, self.budget_nats, self.deadline_s, self.prefill_s, self.reads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ def test_wire_runs(tmp_path: Path) -> None:
         ("controller_regret", 3),
         ("published_settings", 2),
         ("tier_profiles", 4),
+        ("bandwidth_sweep", 4),
     ],
 )
 def test_benchmarks_run(name: str, aims: int, tmp_path: Path) -> None:

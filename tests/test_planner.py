@@ -157,6 +157,32 @@ def test_a_put_over_a_fast_link_is_not_worth_its_encoding() -> None:
     assert plans.plan_put(WHO, Losses(SET), 4, CONTEXT)[1] is None
 
 
+@pytest.mark.parametrize(("reads", "expected"), [(None, None), (1.0, None), (100.0, "thorough")])
+def test_what_is_read_often_is_worth_encoding(reads: float | None, expected: str | None) -> None:
+    thorough = profile(name="thorough", encode_s_per_gb=30.0, levels=levels((4, 0.0002)))
+    found = Losses(parse_profiles(a_set(profiles=[thorough])))
+    chosen = planner().plan_put(WHO, found, 4, CONTEXT._replace(reads=reads))[1]
+    assert (chosen and chosen.name) == expected
+
+
+def test_a_put_reckons_with_the_rates_that_its_link_has_had() -> None:
+    slow = profile(name="slow", levels=[level(ratio=4, decode_s_per_gb=2.0)], encode_s_per_gb=8.0)
+    found = Losses(parse_profiles(a_set(profiles=[slow])))
+
+    def arm(rates: list[float], **change: Any) -> str:
+        plans = planner()
+        for rate in rates:
+            plans._client(WHO).link.observe(100 * MB, 100 * MB / rate)
+        context = CONTEXT._replace(budget_nats=1.0, reads=100.0, **change)
+        return plans.plan_put(WHO, found, 4, context)[0].choice.arm.name
+
+    assert arm([1e9] * 8) == EXACT
+    # It was slow, and may be so again when the copy is read: the rate of the last transfers alone does not decide.
+    assert arm([1e7] * 16 + [1e9] * 8) == "slow"
+    # Over such a link nobody would fetch where computing is that fast.
+    assert arm([1e7] * 16 + [1e9] * 8, prefill_s=0.2) == EXACT
+
+
 def test_links_that_turn_out_slow_make_computing_the_better_arm() -> None:
     plans = planner()
     chunks = [held(SET.profiles[0])] * 4

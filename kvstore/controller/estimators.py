@@ -6,6 +6,7 @@ moves it only so far, and leaves such doubt that the next one decides.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -30,6 +31,8 @@ _DOUBT = 0.06
 """Variance beyond which a quantity counts as little known: some transfers were missed, or one was a surprise."""
 _LOG_MAX = 300.0
 """Logarithms go no farther, so that absurd reports stay numbers."""
+_PAST = 24
+"""Transfers of a link that are remembered one by one."""
 _PROBE_BYTES = 1 << 16
 """Transfers of fewer bytes tell of the round trip; larger ones tell of the rate."""
 
@@ -97,10 +100,12 @@ class LinkState:
     Args:
         rate: Bytes a second.
         rtt: Seconds from a request to the first byte of its answer.
+        past: The rates of the last transfers, as they were seen; what is kept for long meets them again.
     """
 
     rate: Level = field(default_factory=lambda: Level(125e6))
     rtt: Level = field(default_factory=lambda: Level(0.002))
+    past: deque[float] = field(default_factory=lambda: deque(maxlen=_PAST))
 
     def observe(self, size_bytes: float, took_s: float, *, first_byte_s: float | None = None) -> None:
         """Learn from a transfer.
@@ -123,6 +128,7 @@ class LinkState:
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
             # What is left of the round trip's error weighs less, the longer the transfer is.
+            self.past.append(size_bytes / busy_s)
             self.rate.observe(size_bytes / busy_s, _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2)
 
     def report(self) -> dict[str, Any]:

@@ -99,9 +99,7 @@ class Terms(NamedTuple):
     @property
     def pipeline_s(self) -> float:
         """Time from the first chunk's beginning to the last one's end."""
-        if not self.stages:
-            return 0.0
-        return (sum(self.stages) + (self.chunks - 1) * max(self.stages)) / self.chunks
+        return overlapped_s(self.stages, self.chunks) if self.stages else 0.0
 
     @property
     def total_s(self) -> float:
@@ -143,6 +141,16 @@ class Terms(NamedTuple):
         names = Names(tuple(fixed), tuple(stages))
         once, worked = (tuple(float(one) for one in part.values()) for part in (fixed, stages))
         return cls(names, once, worked, max(1, int(report["chunks"])))
+
+
+def overlapped_s(stages_s: Sequence[float], chunks: int) -> float:
+    """Time from the first chunk's beginning to the last one's end, where stages work at the same time.
+
+    Args:
+        stages_s: Seconds that each stage works in all, at least one.
+        chunks: How many equal chunks pass them.
+    """
+    return (sum(stages_s) + (chunks - 1) * max(stages_s)) / chunks
 
 
 def fetch_terms(volume: Volume, link: Link, rates: Rates) -> Terms:

@@ -16,7 +16,17 @@ from kvstore.backend import Copy, Held
 from kvstore.controller.controller import Controller, Decision, Ignored, Pending, Situation
 from kvstore.controller.estimators import DecodeSpeed, Level, LinkState, PrefillSpeed, octave
 from kvstore.controller.estimators import Load as LoadState
-from kvstore.controller.latency import GB, Link, Rates, Terms, Volume, compute_terms, fetch_terms, put_terms
+from kvstore.controller.latency import (
+    GB,
+    Link,
+    Rates,
+    Terms,
+    Volume,
+    compute_terms,
+    fetch_terms,
+    overlapped_s,
+    put_terms,
+)
 from kvstore.controller.losses import Losses
 from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Wish
 from kvstore.controller.tables import renewed
@@ -33,7 +43,7 @@ _NEIGHBOURS_MIN = 3
 _UNKNOWN_PREFILL_S = 3600.0
 """Where nobody knows what computing takes, it is done where nothing else is allowed."""
 _READS = 1.0
-"""How often a chunk that is put is expected to be fetched."""
+"""How often a chunk that is put is expected to be fetched, where nobody says."""
 _TIER_BYTES_PER_S = {"gpu": 2e11, "host": 2e10, "lmdb": 1e9, "s3": 2e8}
 _TIER_RTT_S = {"gpu": 1e-5, "host": 1e-5, "lmdb": 1e-3, "s3": 0.05}
 """What tiers are expected to be like before anything was read from them."""
@@ -160,17 +170,20 @@ class Planner:
         """How to encode chunks that are about to be put.
 
         Every profile of the set whose finest level is within the budget is an arm, and so is not to encode at all. An
-        arm costs what the put takes, and what a fetch of it would take after that.
+        arm costs what the put takes, and what the fetches of it would take after that: half of them over the link as
+        it is now, half as it was in the last transfers. Whoever can compute sooner than that fetches nothing.
 
         Returns:
             The decision, and the profile; None for no compression.
         """
         client = self._client(who)
         link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
+        later = _Later(client, chunks, _ends_s(context))
+        reads = _READS if context.reads is None else context.reads
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
-        later_s = _READS * _fetch_terms(exact, raw_bytes, chunks, link, client.decode).total_s
-        arms = [Arm(EXACT, 0.0, put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates()), later_s)]
+        terms = put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates())
+        arms = [Arm(EXACT, 0.0, terms, reads * later.fetch_s(exact))]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
             lost = losses.of(profile, context.workload, chunks * context.chunk_tokens)
@@ -180,11 +193,10 @@ class Planner:
             # The coarsest level that will do has the fewest bytes, and is decoded fastest.
             level = next((number for number, loss_nats in enumerate(lost) if loss_nats <= budget_nats), len(lost) - 1)
             way = _measured(profile, level, finest_nats, raw_bytes)
-            later_s = _READS * _fetch_terms(way, raw_bytes, chunks, link, client.decode).total_s
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, finest_nats, terms, later_s))
+            arms.append(Arm(profile.name, finest_nats, terms, reads * later.fetch_s(way)))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
@@ -307,6 +319,44 @@ class Planner:
             return Client(LinkState(rate=Level(median(known))))
 
         return renewed(clients, who.link, _LINKS_MAX, made)
+
+
+class _Later:
+    """What becomes of a copy that is put now.
+
+    Args:
+        client: Who will fetch it.
+        chunks: Into how many it is cut.
+        ends_s: Time to compute it; infinite where nobody knows.
+    """
+
+    def __init__(self, client: Client, chunks: int, ends_s: float) -> None:
+        self._decode = client.decode
+        self._chunks = chunks
+        self._ends_s = ends_s
+        self._rtt_s = client.link.rtt.value
+        self._now_bytes_per_s = client.link.rate.value
+        past = sorted(client.link.past)
+        # Five of them stand for all.
+        self._past_bytes_per_s = [past[len(past) * (2 * n + 1) // 10] for n in range(5)] if past else []
+
+    def fetch_s(self, way: Fetching) -> float:
+        """Expected time of one fetch, where it is not computed sooner: as the link is now, and as it was before."""
+        decode_s = way.decode_s * self._decode.factor(way.name)
+        now_s = self._over_s(way, decode_s, self._now_bytes_per_s)
+        if not self._past_bytes_per_s:
+            return now_s
+        past_s = [self._over_s(way, decode_s, bytes_per_s) for bytes_per_s in self._past_bytes_per_s]
+        return (now_s + sum(past_s) / len(past_s)) / 2
+
+    def _over_s(self, way: Fetching, decode_s: float, bytes_per_s: float) -> float:
+        fetch_s = self._rtt_s + overlapped_s((way.coded_bytes / bytes_per_s, decode_s), self._chunks)
+        return min(self._ends_s, fetch_s)
+
+
+def _ends_s(context: Context) -> float:
+    """When computing would be done."""
+    return math.inf if context.prefill_s is None else context.prefill_s
 
 
 def _link_of(client: Client) -> Link:

@@ -44,11 +44,11 @@ class Prompt:
         return sum(x.numel() * x.element_size() for x in self.planes.values())
 
 
-def bfloat16_layout(model: Model) -> Layout:
+def bfloat16_layout(model: Model, chunk_tokens: int = CHUNK_TOKENS) -> Layout:
     """Layout of a model's cache as engines keep it, whatever the model is computed in."""
-    exact = model.layout_of([0, 1], CHUNK_TOKENS)
+    exact = model.layout_of([0, 1], chunk_tokens)
     specs = {name: PlaneSpec("bfloat16", spec.shape) for name, spec in exact.planes.items()}
-    return Layout(exact.model, exact.revision, specs, CHUNK_TOKENS, rope=exact.rope)
+    return Layout(exact.model, exact.revision, specs, chunk_tokens, rope=exact.rope)
 
 
 def text_windows(documents: Sequence[list[int]], count: int, prefix: int, seed: int) -> list[list[int]]:
