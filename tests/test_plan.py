@@ -191,6 +191,25 @@ async def test_what_was_learned_survives_a_restart_and_a_bad_file_keeps_nobody_f
     assert (await ask(server)).status == 200
 
 
+async def test_what_was_learned_is_written_now_and_then(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.server.plan._KEPT_S", 0.01)
+    server = await start()
+    await fill(server)
+    async with Client(server.url) as client:
+        service = Service(client)
+        plan, _ = await service.plan_get(KEYS, CONTEXT)
+        await service.observe(plan, Outcome(0.001))
+    file = tmp_path / "data" / "controller.json"
+    for _ in range(500):
+        await asyncio.sleep(0.01)
+        if file.exists() and len(json.loads(file.read_bytes())) == 1:
+            break
+    else:
+        pytest.fail("nothing was written")
+
+
 async def test_decisions_are_logged_with_their_outcomes(start: Start, tmp_path: Path) -> None:
     log = tmp_path / "log" / "decisions.jsonl"
     server = await start(decision_log=log)

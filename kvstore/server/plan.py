@@ -4,6 +4,7 @@ A plan for a get looks up what is held, too, so that a client needs no other req
 profiles were pushed for the namespace nothing is decided, and clients do what they are configured to.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -54,6 +55,7 @@ _JSON = "application/json"
 _DIGESTS = re.compile(rf"([0-9a-f]{{{2 * DIGEST_BYTES}}})+")
 _REPORT_BYTES_MAX = 4096
 _STATE = "controller.json"
+_KEPT_S = 60.0
 _PLAN_FIELDS = ("op", "namespace", "digests", "chunks", "context", "client", "wait_ms", "explain")
 _REPORT_FIELDS = ("decision", *Outcome._fields)
 
@@ -106,10 +108,12 @@ class PlanRoutes:
         self._restore(file)
         if self._config.decision_log is not None:
             self._log = DecisionLog(self._config.decision_log, self._config.decision_log_bytes)
+        keeping = asyncio.create_task(self._keep(file))
         try:
             yield
         finally:
-            self._save(file)
+            keeping.cancel()
+            self._save(file, self._learned())
             if self._log is not None:
                 self._log.close()
 
@@ -233,10 +237,20 @@ class PlanRoutes:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             log.warning("what was learned before is lost, %s cannot be read: %s", file, exc)
 
-    def _save(self, file: Path) -> None:
+    async def _keep(self, file: Path) -> None:
+        """Write what was learned now and then: a server may be killed."""
+        while True:
+            await asyncio.sleep(_KEPT_S)
+            await asyncio.to_thread(self._save, file, self._learned())
+
+    def _learned(self) -> bytes:
+        return json.dumps(self.planner.controller.save()).encode()
+
+    @staticmethod
+    def _save(file: Path, data: bytes) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(self.planner.controller.save()).encode())
+            write_whole(file, data)
         except OSError as exc:
             log.warning("what was learned is lost, %s cannot be written: %s", file, exc)
 
