@@ -99,6 +99,9 @@ class Codec:
         else:
             self.namespace = namespace_of(self.layout)
             self._pipeline = _pipeline(self.layout, shape, options)
+            if options.plan:
+                # `kvstore profiles push` must be told.
+                log.info("chunks of %s, rank %d, lie in namespace %s", shard.model, shard.rank, self.namespace.hex())
         # What a server plans may be lossy, and says so.
         self._exact_only = options.lossless and not options.plan
 

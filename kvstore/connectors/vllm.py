@@ -37,7 +37,7 @@ from kvstore.connectors.vllm_identity import is_latent, layer_order, read_layout
 from kvstore.connectors.vllm_options import is_fail_open, read_options
 from kvstore.connectors.vllm_plan import COUNTERS, Counters, Report, Step
 from kvstore.connectors.vllm_scheduler import SchedulerSide
-from kvstore.connectors.vllm_start import check_server, check_version, log_open
+from kvstore.connectors.vllm_start import check_server, check_version, log_open, tell_namespaces
 from kvstore.connectors.vllm_worker import WorkerSide
 from kvstore.errors import KVStoreError
 from kvstore.service import Service
@@ -308,6 +308,7 @@ class KvstoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
             return
         check_server(options, client, layouts[0], self._background)
+        tell_namespaces(layouts)
         self._scheduler = SchedulerSide(
             options,
             layouts,

@@ -1,12 +1,13 @@
 """What the vLLM connector asks before it starts, and what it says where it cannot."""
 
 import logging
+from collections.abc import Sequence
 
 from kvstore.client import Client
 from kvstore.connectors.background import Background
 from kvstore.connectors.vllm_options import Options
 from kvstore.errors import AuthError, ConfigError, KVStoreError
-from kvstore.keys import chunk_keys
+from kvstore.keys import chunk_keys, namespace_of
 from kvstore.layout import Layout
 
 TESTED = ((0, 32), (0, 33))
@@ -47,6 +48,12 @@ def check_server(options: Options, client: Client, layout: Layout, background: B
         if not options.fail_open:
             raise ConfigError(f"{problem}: start the server with 'kvstore serve', or correct the url") from exc
         log.warning("kvstore: %s; the engine computes everything until it does", problem)
+
+
+def tell_namespaces(layouts: Sequence[Layout]) -> None:
+    """Say where chunks lie: `kvstore profiles push` must be told."""
+    names = " ".join(namespace_of(layout).hex() for layout in layouts)
+    log.info("kvstore: the chunks of this model, a namespace for each rank: %s", names)
 
 
 def log_open(exc: Exception) -> None:
