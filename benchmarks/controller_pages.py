@@ -80,8 +80,7 @@ the budgeted policy takes. A request fetches what is held at its level as far as
 of the time until all that had been put before is there again. A **hit** is a chunk fetched, at a level within the
 budget; shares are of the chunks that had been put before. *host 1, disk 2* keeps levels 0 to 1 in memory and 0 to 2 on
 disk once there is no room; *learned* is kvstore's placement, told of each fetch, of levels that a plan found missing,
-and of nothing else. **Relative** is to the fixed levels that are best there, known only in hindsight. The order of
-evictions is chaotic where little fits: a few percent either way at one point of the smallest tiers say nothing."""
+and of nothing else. **Relative** is to the fixed levels that are best there, known only in hindsight."""
 
 _TIER_COLOURS = {"16 GB, 64 GB, s3": "#7fa8d4", "64 GB, 512 GB, s3": "#1f5fa8"}
 _TIER_COLOURS |= {"16 GB, 64 GB, nothing": "#d98a5b", "64 GB, 512 GB, nothing": "#b5483a"}
