@@ -23,10 +23,9 @@ level of each get, or to compute; the request for the plan is in its time. Nobod
 bandwidth it begins as a client that the server has not seen; a first put and some fetches (*cold*) are reported
 apart, then it puts again. In every round all arms are fetched once in an order drawn anew; those that take more than
 three seconds are left out of later rounds. Fewer than 30 repetitions fit into the time that a run may take. Levels
-beyond the quality budget are no arms. Ratios and times of coding are measured at the start of the run on this cache,
-chunks encoded one after the other and decoded side by side, as the client does it; losses are those of the set of
-profiles that ships with kvstore (measured on the same small model at its own geometry, on other text), with a
-standard error on top."""
+beyond the quality budget are no arms. Ratios and times of coding are measured at the start of the run on this cache;
+losses are those of the set of profiles that ships with kvstore (measured on the same small model at its own geometry,
+on other text), with a standard error on top."""
 
 _SCHEDULE_TEXT = """\
 Sums over the same requests, at whose beginning the link's rate jumps or drifts; adaptive's first requests, in which it
