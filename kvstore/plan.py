@@ -43,6 +43,7 @@ class Context(NamedTuple):
         budget_nats: Largest quality loss; None for the server's default.
         deadline_s: Time that it may take; None where it is only wanted soon.
         prefill_s: Time to compute what is asked for, all of it; None where the asker does not know.
+        awaited: Whether somebody waits for a put, as a decode engine does for what a prefill engine stores.
     """
 
     chunk_bytes: int
@@ -51,6 +52,7 @@ class Context(NamedTuple):
     budget_nats: float | None = None
     deadline_s: float | None = None
     prefill_s: float | None = None
+    awaited: bool = True
 
 
 class Outcome(NamedTuple):
@@ -116,6 +118,7 @@ def parse_context(value: object) -> Context:
         budget_nats=_optional(fields, "budget_nats", 0.0, NATS_MAX),
         deadline_s=_optional(fields, "deadline_s", 0.0, SECONDS_MAX),
         prefill_s=_optional(fields, "prefill_s", 0.0, SECONDS_MAX),
+        awaited=_boolean(fields, "awaited", default=True),
     )
 
 
@@ -244,3 +247,10 @@ def _optional(fields: Mapping[str, Any], name: str, low: float, high: float) -> 
     if fields.get(name) is None:
         return None
     return number(fields, name, low, high, above=name != "budget_nats")
+
+
+def _boolean(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false")
+    return value

@@ -104,4 +104,6 @@ class Plans:
         options = self._options
         tokens_per_s = options.prefill_tokens_per_s
         prefill_s = chunks * codec.chunk_tokens / tokens_per_s if tokens_per_s else None
-        return Context(codec.size_bytes, codec.chunk_tokens, options.workload, options.budget_nats, prefill_s=prefill_s)
+        asked = (codec.size_bytes, codec.chunk_tokens, options.workload, options.budget_nats)
+        # LMCache goes on while it stores.
+        return Context(*asked, prefill_s=prefill_s, awaited=False)

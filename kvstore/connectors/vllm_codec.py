@@ -31,15 +31,19 @@ class Codec:
         layout: Layout of the worker's shard.
         background: Where the server is asked.
         service: What plans; None where everything goes as configured.
+        awaited: Whether another engine waits for what is saved.
     """
 
-    def __init__(self, options: Options, layout: Layout, background: Background, service: Service | None) -> None:
+    def __init__(
+        self, options: Options, layout: Layout, background: Background, service: Service | None, *, awaited: bool
+    ) -> None:
         self.configured, self.artefacts = options.codec()
         self._options = options
         self._namespace = namespace_of(layout)
         self._layout = layout
         self._background = background
         self._service = service
+        self._awaited = awaited
         self._known: dict[bytes, Pipeline] = {}
         self._paused_until_s = 0.0
 
@@ -59,7 +63,11 @@ class Codec:
         if self._service is None or time.monotonic() < self._paused_until_s:
             return self.configured, Plan(Action.STATIC)
         context = Context(
-            self._layout.chunk_bytes, self._layout.chunk_tokens, self._options.workload, self._options.budget_nats
+            self._layout.chunk_bytes,
+            self._layout.chunk_tokens,
+            self._options.workload,
+            self._options.budget_nats,
+            awaited=self._awaited,
         )
         asked = self._background.submit(self._ask(self._service, chunks, context))
         try:

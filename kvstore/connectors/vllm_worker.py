@@ -81,7 +81,7 @@ class WorkerSide:
         self._delivers = delivers
         self._announces = announces
         self._saved: dict[ChunkKey, bool] = {}
-        self._codec = Codec(options, layout, background, service)
+        self._codec = Codec(options, layout, background, service, awaited=delivers)
         # A lossy copy is only used where the user chose a lossy pipeline or a level, or the server planned it.
         self._exact_only = self._codec.configured.lossless
         self._pages: Pages | None = None

@@ -32,8 +32,8 @@ _NEIGHBOURS_MIN = 3
 """So many links of a tenant say what a new one may be like."""
 _UNKNOWN_PREFILL_S = 3600.0
 """Where nobody knows what computing takes, it is done where nothing else is allowed."""
-_READS = 1.0
-"""How often a chunk that is put is expected to be fetched."""
+_READS, _READS_BEHIND = 1.0, 20.0
+"""How many fetches a put counts as much as: where somebody waits for it, and where it goes on behind a request."""
 _TIER_BYTES_PER_S = {"gpu": 2e11, "host": 2e10, "lmdb": 1e9, "s3": 2e8}
 _TIER_RTT_S = {"gpu": 1e-5, "host": 1e-5, "lmdb": 1e-3, "s3": 0.05}
 """What tiers are expected to be like before anything was read from them."""
@@ -102,6 +102,8 @@ class Client:
     decode: DecodeSpeed = field(default_factory=DecodeSpeed)
     encode: DecodeSpeed = field(default_factory=DecodeSpeed)
     prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
+    reads: bool = False
+    """Whether it has fetched anything."""
 
 
 @dataclass
@@ -160,16 +162,18 @@ class Planner:
         """How to encode chunks that are about to be put.
 
         Every profile of the set whose finest level is within the budget is an arm, and so is not to encode at all. An
-        arm costs what the put takes, and what a fetch of it would take after that.
+        arm costs what the put takes, and what fetches of it would take after that, by a client like those that fetch.
+        Where nobody waits for the put, fetches count for more.
 
         Returns:
             The decision, and the profile; None for no compression.
         """
-        client = self._client(who)
+        client, reader = self._client(who), self._reader(who)
         link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
+        reads = _READS if context.awaited else _READS_BEHIND
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
-        later_s = _READS * _fetch_terms(exact, raw_bytes, chunks, link, client.decode).total_s
+        later_s = reads * _fetch_terms(exact, raw_bytes, chunks, _link_of(reader), reader.decode).total_s
         arms = [Arm(EXACT, 0.0, put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates()), later_s)]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
@@ -181,11 +185,11 @@ class Planner:
             ]
             if lost[-1] > budget_nats or not ways:
                 continue
-            fetches_s = (_fetch_terms(way, raw_bytes, chunks, link, client.decode).total_s for way in ways)
+            fetches_s = (_fetch_terms(way, raw_bytes, chunks, _link_of(reader), reader.decode).total_s for way in ways)
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, lost[-1], terms, _READS * min(fetches_s)))
+            arms.append(Arm(profile.name, lost[-1], terms, reads * min(fetches_s)))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
@@ -213,6 +217,7 @@ class Planner:
         if outcome.wire_s:
             wire_s = min(outcome.wire_s, outcome.took_s)
             client.link.observe(outcome.size_bytes, wire_s, first_byte_s=outcome.first_byte_s)
+        client.reads = client.reads or decided.situation.tier != PUT
         codec = client.encode if decided.situation.tier == PUT else client.decode
         if outcome.codec_s and note.codec_s:
             codec.observe(decided.arm, note.codec_s, outcome.codec_s)
@@ -288,6 +293,12 @@ class Planner:
             return LinkState(Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3)))
 
         return renewed(self.tiers, name, _TIERS_MAX, made)
+
+    def _reader(self, who: Who) -> Client:
+        """Who is expected to fetch what somebody puts: of the tenant's clients that fetch, the one in the middle."""
+        readers = [one for one in self._clients.get(who.tenant, {}).values() if one.reads]
+        readers.sort(key=lambda one: one.link.rate.value)
+        return readers[(len(readers) - 1) // 2] if readers else self._client(who)
 
     def _client(self, who: Who) -> Client:
         clients = renewed(self._clients, who.tenant, _TENANTS_MAX, dict)
