@@ -12,7 +12,6 @@ from benchmarks.engine_link import Link
 from benchmarks.service_profiles import Sets
 from benchmarks.vllm_engine import VllmEngine
 from kvstore.codecs.artefact import artefact_digest
-from kvstore.keys import namespace_of
 from kvstore.profile import ARTEFACTS, SET_FILE, ProfileSet, profiles_json
 
 _STARTED_AT_ONCE = 2
@@ -167,11 +166,11 @@ class Hosts:
                 self._logs[server] = stack.enter_context(log.open(encoding="utf-8"))
             if server == KVSERVE.server:
                 program = ["benchmarks.kvserve_server", "--profiles", str(where), "--rate", str(self._rate)]
-                program += ["--chunk-bytes", str(self._sets.layout.chunk_bytes)]
+                program += ["--chunk-bytes", str(self._sets.chunks.chunk_bytes)]
             environment = {"KVSTORE_DECISION_LOG": str(log)} if found is not None else {}
             stack.enter_context(kvstore_server(self._link, port, program, environment))
             if found is not None:
-                push_profiles(self._link, where, namespace_of(self._sets.layout).hex(), port)
+                push_profiles(self._link, where, self._sets.chunks.namespace, port)
 
     def _write(self, server: str, found: ProfileSet) -> Path:
         """A folder with a set and the calibration that it needs."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,8 @@ from kvstore.calibration.settings import Settings
 from kvstore.codecs import NAMED, Pipeline, Planes, build_pipeline
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.codecs.recompositions import Spec, kivi, kvserve
-from kvstore.layout import Layout
-from kvstore.profile import Level, Measured, Profile, ProfileSet, Quality
+from kvstore.keys import namespace_of
+from kvstore.profile import Level, Measured, Profile, ProfileSet, Quality, parse_profiles, profiles_json
 from kvstore.profile_sets import DEFAULT, read_set
 from kvstore.profiler.prompts import (
     Prompt,
@@ -62,6 +62,22 @@ class Depth(NamedTuple):
     calibration_prompts: int = 32
 
 
+class Chunks(NamedTuple):
+    """What the chunks of a model are like.
+
+    Args:
+        model: Its name.
+        namespace: Of its chunks, hexadecimal.
+        chunk_bytes: Bytes of the exact cache of a chunk.
+        chunk_tokens: Tokens of a chunk.
+    """
+
+    model: str
+    namespace: str
+    chunk_bytes: int
+    chunk_tokens: int
+
+
 @dataclass(frozen=True)
 class Sets:
     """What is pushed, and what it was measured with.
@@ -71,14 +87,23 @@ class Sets:
         kvserve: What KVServe's controller chooses from.
         static: Of the named pipelines.
         artefacts: Calibration that profiles need.
-        layout: Of the model's chunks.
+        chunks: Of the model.
     """
 
     adaptive: ProfileSet
     kvserve: ProfileSet
-    static: Mapping[str, Profile]
+    static: ProfileSet
     artefacts: Sequence[bytes]
-    layout: Layout
+    chunks: Chunks
+
+    def __reduce__(self) -> tuple[Callable[..., "Sets"], tuple[Any, ...]]:
+        """Sets travel between processes as their JSON."""
+        found = [profiles_json(one) for one in (self.adaptive, self.kvserve, self.static)]
+        return _unpacked, (*found, self.artefacts, self.chunks)
+
+
+def _unpacked(adaptive: Any, kvserve: Any, static: Any, artefacts: Sequence[bytes], chunks: Chunks) -> Sets:
+    return Sets(parse_profiles(adaptive), parse_profiles(kvserve), parse_profiles(static), artefacts, chunks)
 
 
 class Gauge:
@@ -204,7 +229,9 @@ def measure_sets(folder: Path, text: Path, depth: Depth, seed: int, *, few: bool
     static = gauge.found({name: NAMED[name] for name in STATIC[:count]}, {})
     shipped = read_set(Path(DEFAULT)).profiles
     adaptive = ProfileSet(ours.measured, (*shipped, *kvserve_set.profiles, *ours.profiles))
-    return Sets(adaptive, kvserve_set, {one.name: one for one in static.profiles}, (basis,), gauge.layout)
+    layout = gauge.layout
+    chunks = Chunks(layout.model, namespace_of(layout).hex(), layout.chunk_bytes, layout.chunk_tokens)
+    return Sets(adaptive, kvserve_set, static, (basis,), chunks)
 
 
 def _klt(artefact: str, step: int) -> Spec:

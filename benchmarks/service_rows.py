@@ -84,7 +84,7 @@ def report_rows(samples: Measured, sets: Sets, seed: int) -> tuple[list[Row], li
     firsts = list(_firsts(samples, seed))
     rows += firsts
     rows += _profile_rows(sets)
-    chunk = sets.layout
+    chunk = sets.chunks
     rows.append(
         {
             "table": "setup",
@@ -164,7 +164,7 @@ def _aims(firsts: Sequence[Row]) -> list[Aim]:
 
 def _losses(sets: Sets) -> dict[str, float]:
     """Loss of every level by the name of its arm, in the worst bucket."""
-    every = [*sets.adaptive.profiles, *sets.static.values()]
+    every = [*sets.adaptive.profiles, *sets.static.profiles]
     return {f"{one.name}/{number}": loss_nats(level) for one in every for number, level in enumerate(one.levels)}
 
 
@@ -178,7 +178,7 @@ def _profile_rows(sets: Sets) -> Iterator[Row]:
     theirs = {profile.name for profile in sets.kvserve.profiles}
     ours = [profile for profile in sets.adaptive.profiles if profile.name not in theirs]
     groups: Mapping[str, Sequence[Profile]] = {
-        "static": list(sets.static.values()),
+        "static": sets.static.profiles,
         "kvserve and adaptive": sets.kvserve.profiles,
         "adaptive": ours,
     }

@@ -1,5 +1,6 @@
 """What benchmarks.service makes of its samples, and the policy that it compares kvstore's with."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,12 @@ from benchmarks.harness import write_result
 from benchmarks.kvserve_server import Published
 from benchmarks.report import main as report
 from benchmarks.service_hosts import ADAPTIVE, ARMS, KVSERVE, RECOMPUTE, UNCOMPRESSED
-from benchmarks.service_profiles import Sets
+from benchmarks.service_profiles import Chunks, Sets
 from benchmarks.service_rows import APART, REMOTE, Point, Samples, report_rows
 from kvstore.controller.controller import Controller
 from kvstore.controller.losses import Losses
 from kvstore.controller.planner import Planner, Who
 from kvstore.controller.policy import EXACT
-from kvstore.layout import attention_layout
 from kvstore.plan import Context
 from kvstore.profile import ProfileSet, parse_profiles
 from tests.test_profiles import a_set, level, profile, quality
@@ -31,13 +31,8 @@ def measured(name: str, ratio: float, codec_s_per_gb: float, kl_nats: float = 0.
 
 
 SET = parse_profiles(a_set(profiles=[measured("mean", 2, 1.0), measured("hadamard", 8, 20.0)]))
-SETS = Sets(
-    SET,
-    ProfileSet(SET.measured, SET.profiles[:1]),
-    {},
-    (),
-    attention_layout("m", "1", layers=2, kv_heads=2, head_dim=64),
-)
+NONE = ProfileSet(SET.measured, ())
+SETS = Sets(SET, ProfileSet(SET.measured, SET.profiles[:1]), NONE, (), Chunks("m", "00" * 16, CHUNK_BYTES, 256))
 
 
 def samples(adaptive_s: float) -> dict[Point, Samples]:
@@ -75,6 +70,10 @@ def test_the_page_shows_every_arm(tmp_path: Path) -> None:
     page = (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "plots" / "service.png").stat().st_size > 0
     assert all(f"| {arm.name} |" in page for arm in (UNCOMPRESSED, KVSERVE, ADAPTIVE, RECOMPUTE))
+
+
+def test_sets_travel_between_processes() -> None:
+    assert pickle.loads(pickle.dumps(SETS)) == SETS
 
 
 def test_arms_are_told_apart_by_name() -> None:
