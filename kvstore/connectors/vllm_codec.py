@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitTimeoutError
 
 from kvstore.backend import Backend, Stored
@@ -19,6 +20,9 @@ from kvstore.service import Service
 
 _PAUSE_S = 10.0
 _PIPELINES_MAX = 64
+
+Asked = Future[tuple[Pipeline, Plan]]
+"""How to encode chunks, once the server has said so."""
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +62,10 @@ class Codec:
             found = await self._service.artefacts(self._namespace, missing)
             self.artefacts.update({digest: found[digest] for digest in missing})
 
-    def plan(self, chunks: int) -> tuple[Pipeline, Plan]:
-        """How to encode chunks; for a thread that may wait a moment for the answer."""
+    def ask(self, chunks: int) -> Asked | None:
+        """Begin to ask how to encode chunks; None where that is not planned."""
         if self._service is None or time.monotonic() < self._paused_until_s:
-            return self.configured, Plan(Action.STATIC)
+            return None
         context = Context(
             self._layout.chunk_bytes,
             self._layout.chunk_tokens,
@@ -69,7 +73,12 @@ class Codec:
             self._options.budget_nats,
             awaited=self._awaited,
         )
-        asked = self._background.submit(self._ask(self._service, chunks, context))
+        return self._background.submit(self._ask(self._service, chunks, context))
+
+    def plan(self, asked: Asked | None) -> tuple[Pipeline, Plan]:
+        """How to encode chunks; for a thread that may wait a moment for the answer."""
+        if asked is None:
+            return self.configured, Plan(Action.STATIC)
         try:
             return asked.result(self._options.match_s)
         except (KVStoreError, WaitTimeoutError) as exc:
