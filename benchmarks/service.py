@@ -231,7 +231,7 @@ class Bench:
             before = link.received_bytes()
             hosts.used(arm.server)
             began_s = time.perf_counter()
-            computing: Future[Any] = self._asking.submit(writer.generate, prompt, 1, salt=salt)
+            computing: Future[None] = self._asking.submit(_compute, writer, prompt, salt)
             params = {**arm.params, "do_remote_prefill": True}
             found = reader.generate(prompt, self._run.answer_tokens, params=params, salt=salt)
             jct_s = time.perf_counter() - began_s
@@ -291,6 +291,12 @@ def _tokenize(model: Path, text: Path) -> list[int]:
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
     ids: list[int] = tokenizer(text.read_text("utf-8"), verbose=False)["input_ids"]
     return ids
+
+
+def _compute(writer: VllmEngine, prompt: Sequence[int], salt: str) -> None:
+    """Let a prefill engine compute and store; it would spin on while the other one goes on, on cores of its own."""
+    writer.generate(prompt, 1, salt=salt)
+    writer.pause()
 
 
 def _saved(writer: VllmEngine) -> float:
