@@ -140,8 +140,8 @@ class WorkerSide:
             first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
             self._invalid.update(load.block_ids[first_bad : load.end])
             arrived_s = loading.arrived_s - loading.started_s if loading.arrived_s else took_s
-            ended_so = (loading.chunks, loading.behind, loading.reason, loading.size_bytes)
-            result = Loaded(*ended_so, took_s, arrived_s, loading.decoding.total_s)
+            ended_so = (loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s, arrived_s)
+            result = Loaded(*ended_so, loading.decoding.total_s, loading.fetching.total_s)
             self._report.loads[load.request_id] = [result]
             self._count_load(loading, result)
         return {loading.load.request_id for loading in ended}
@@ -170,8 +170,7 @@ class WorkerSide:
         for staged in self._staged:
             while staged.layers < self._layout.layers:
                 self._copy(staged, staged.layers)
-        jobs, asked = self._staged, self._asked
-        self._staged, self._asked, self._begun = [], [], False
+        jobs, asked, self._staged, self._asked, self._begun = self._staged, self._asked, [], [], False
         for number, start in enumerate(range(0, len(jobs), self._put_batch)):
             self._encoder.submit(self._store, jobs[start : start + self._put_batch], asked[number])
         if self._delivers and jobs and any(save.final for save in saves):
@@ -219,7 +218,8 @@ class WorkerSide:
         async with self._gate:
             keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
             try:
-                answers = await self._backend.get(keys, level=loading.load.level)
+                with loading.fetching:
+                    answers = await self._backend.get(keys, level=loading.load.level)
             except KVStoreError as exc:
                 log.warning("fetching %d chunks failed: %s", len(keys), exc)
                 return "unavailable"
