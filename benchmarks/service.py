@@ -63,7 +63,7 @@ class Run:
     answer_tokens: int = 16
     documents: int = 2
     rounds: int = 30
-    warm_rounds: int = 5
+    warm_rounds: int = 4
     depth: Depth = DEPTH
     arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
 
@@ -93,13 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="model that the engines serve")
     parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="text of the prompts")
     parser.add_argument("--calibration", type=Path, default=DEFAULT_TEXT, help="other text, to measure profiles on")
+    parser.add_argument("--rounds", type=int, default=Run.rounds, help="rounds at each rate (%(default)s)")
     args = parser.parse_args(argv)
     python = engine_python()
     if python is None:
         sys.exit("there is no vLLM: 'make test-engines' builds environments with it (.venv-lmcache, .venv-vllm)")
     if lacks := engine_link.missing():
         sys.exit(f"a shaped link needs {lacks}")
-    run = QUICK if args.quick else Run()
+    run = QUICK if args.quick else Run(rounds=args.rounds)
     sets, ids = _prepared(args.model, args.text, args.calibration, run.depth, args.seed, few=args.quick)
     bench = Bench(run, python, args.model, ids, sets, random.Random(args.seed))
     samples = bench.measure()

@@ -14,7 +14,7 @@ from benchmarks.vllm_engine import VllmEngine
 from kvstore.codecs.artefact import artefact_digest
 from kvstore.profile import ARTEFACTS, SET_FILE, ProfileSet, profiles_json
 
-_STARTED_AT_ONCE = 2
+_STARTED_AT_ONCE = 3
 _WAIT_S = 20.0
 
 
