@@ -2,6 +2,8 @@
 
 import time
 from functools import partial
+from itertools import count
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -109,9 +111,12 @@ async def test_the_link_is_not_blamed_for_what_decoding_takes(
     connector: Any, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, told = prompt(8, 40), list[Outcome]()
+    first_three, numbers = Barrier(3), count()
 
     def decode_slowly(*args: Any, **options: Any) -> Any:
-        time.sleep(0.2)
+        if next(numbers) < first_three.parties:
+            first_three.wait(60)
+            time.sleep(0.2)
         return decode(*args, **options)
 
     async def listen(self: Service, plan: Plan, outcome: Outcome) -> None:
@@ -127,10 +132,8 @@ async def test_the_link_is_not_blamed_for_what_decoding_takes(
     async with engine(connector, server.url, settings=LOSSY) as second:
         await serve(second, Request("b", ids))
     [outcome] = told
-    assert outcome.codec_s is not None
     assert outcome.wire_s is not None
-    assert outcome.took_s >= outcome.codec_s >= 0.4
-    assert outcome.wire_s < 0.2
+    assert outcome.took_s - outcome.wire_s >= 0.2
 
 
 async def test_chunks_behind_a_planned_load_know_what_they_stand_on(connector: Any, server: Server) -> None:
