@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-BENCHMARKS := $(filter-out harness report tiers_hits mooncake_worker profiler_grid,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
+BENCHMARKS := $(filter-out harness report tiers_hits mooncake_worker profiler_grid kvserve_server,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
 
 .PHONY: help demo test test-lmdb test-s3 test-engines lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
 
@@ -77,7 +77,7 @@ bench-peers: .venv-peers/.made .venv-lmcache/.made
 bench-engine_quality: .venv-vllm/.made
 
 # Network namespaces and tc (iproute2) take root, for bandwidth_sweep too.
-bench-engines: .venv-lmcache/.made
+bench-engines bench-service: .venv-lmcache/.made
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.$* $(ARGS)

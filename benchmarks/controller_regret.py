@@ -162,6 +162,11 @@ class KVServe(Chooser):
         self._cuts = sorted(self._limits.values())
 
     def choose(self, moment: Moment) -> str:
+        expected_s, name = self.transfer(moment)
+        return RECOMPUTE if expected_s > moment.tokens / PREFILL_TOKENS_PER_S else name
+
+    def transfer(self, moment: Moment) -> tuple[float, str]:
+        """How it would transfer: the expected time, 0 where it goes by none, and the profile."""
         rate = moment.bytes_per_s
         arms = range(len(self._profiles))
         if self._a and self._profiles:
@@ -169,13 +174,14 @@ class KVServe(Chooser):
             arms = range(max(0, best - 1), min(len(self._profiles), best + 2))
         candidates = [self._profiles[n] for n in arms if rate < self._limits[self._profiles[n].name]]
         if not candidates:
-            return EXACT
+            return 0.0, EXACT
         if self._a and self._random.random() < 0.1:
-            return self._random.choice(candidates).name
-        expected_s, name = min(
-            (self._model_s(one, moment) + self._error(one.name, rate), one.name) for one in candidates
-        )
-        return RECOMPUTE if expected_s > moment.tokens / PREFILL_TOKENS_PER_S else name
+            return 0.0, self._random.choice(candidates).name
+        return min((self.expected_s(one.name, moment), one.name) for one in candidates)
+
+    def expected_s(self, name: str, moment: Moment) -> float:
+        """What it expects a profile to take."""
+        return self._model_s(self._world.levels[name], moment) + self._error(name, moment.bytes_per_s)
 
     def observe(self, moment: Moment, arm: str, wire_s: float, decode_s: float, took_s: float) -> None:
         if arm in (EXACT, RECOMPUTE):

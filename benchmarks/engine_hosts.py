@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from benchmarks.vllm_engine import VllmEngine, engine_environ, kvstore_transfer,
 
 CHUNK_TOKENS = 256
 
-_KVSTORE_PORT, _LMCACHE_PORT, _LMCACHE_HTTP_PORT = 8420, 6556, 9556
+KVSTORE_PORT = 8420
+_LMCACHE_PORT, _LMCACHE_HTTP_PORT = 6556, 9556
 _START_S = 240.0
 
 
@@ -30,9 +31,9 @@ def has_lmcache(python: Path) -> bool:
 
 @contextmanager
 def engine(
-    link: Link, python: Path, model: Path, name: str, transfer: Mapping[str, Any] | None
+    link: Link, python: Path, model: Path, name: str, transfer: Mapping[str, Any] | None, *, beside_store: bool = False
 ) -> Iterator[VllmEngine]:
-    """An engine on its side of the link.
+    """An engine on its side of the link, or on the store's.
 
     Args:
         link: The link.
@@ -40,27 +41,29 @@ def engine(
         model: The model that it serves.
         name: For its log.
         transfer: Arguments of `KVTransferConfig`; None runs without a connector.
+        beside_store: On which side it runs.
     """
     with TemporaryDirectory(prefix="kvstore-engines-") as folder:
         log = Path(folder, f"{name}.log")
         # By default vLLM binds to one logical core of each physical one.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        variables = {"VLLM_HOST_IP": ENGINE_ADDRESS, "VLLM_CPU_OMP_THREADS_BIND": cores}
-        started = VllmEngine(python, model, log, transfer, before=link.engine_side, variables=variables)
+        address, side = (STORE_ADDRESS, link.store_side) if beside_store else (ENGINE_ADDRESS, link.engine_side)
+        variables = {"VLLM_HOST_IP": address, "VLLM_CPU_OMP_THREADS_BIND": cores}
+        started = VllmEngine(python, model, log, transfer, before=side, variables=variables)
         try:
             yield started
         finally:
             started.stop()
 
 
-def to_kvstore(**options: Any) -> dict[str, Any]:
+def to_kvstore(port: int = KVSTORE_PORT, **options: Any) -> dict[str, Any]:
     """How an engine uses the kvstore server behind the link; see `kvstore_transfer`."""
-    return kvstore_transfer(kvstore_url(), **options)
+    return kvstore_transfer(kvstore_url(port), **options)
 
 
-def kvstore_url() -> str:
-    """Where the kvstore server behind the link listens."""
-    return f"http://{STORE_ADDRESS}:{_KVSTORE_PORT}"
+def kvstore_url(port: int = KVSTORE_PORT) -> str:
+    """Where a kvstore server behind the link listens."""
+    return f"http://{STORE_ADDRESS}:{port}"
 
 
 def to_lmcache() -> dict[str, Any]:
@@ -69,16 +72,37 @@ def to_lmcache() -> dict[str, Any]:
 
 
 @contextmanager
-def kvstore_server(link: Link) -> Iterator[None]:
-    """A kvstore server on its side of the link, in memory."""
+def kvstore_server(
+    link: Link,
+    port: int = KVSTORE_PORT,
+    program: Sequence[str] = ("kvstore", "serve"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """A kvstore server on its side of the link, in memory.
+
+    Args:
+        link: The link.
+        port: Where it listens.
+        program: Module that serves, and its first arguments.
+        environment: Added to this process's.
+    """
     with TemporaryDirectory() as folder:
-        command = [*link.store_side, sys.executable, "-m", "kvstore", "serve", "--host", STORE_ADDRESS, "--insecure"]
-        command += ["--port", str(_KVSTORE_PORT), "--disk", "0", "--data-dir", folder]
-        with running(command, quiet=True) as process:
+        command = [*link.store_side, sys.executable, "-m", *program, "--host", STORE_ADDRESS, "--insecure"]
+        command += ["--port", str(port), "--disk", "0", "--data-dir", folder]
+        with running(command, environment=environment, quiet=True) as process:
             assert process.stdout is not None, "`running` pipes it"
             if not process.stdout.readline().startswith("listening on "):
                 raise RuntimeError("the kvstore server did not start")
             yield
+
+
+def push_profiles(link: Link, folder: Path, namespace: str, port: int) -> None:
+    """Give a server behind the link the set of profiles in a folder."""
+    command = [*link.store_side, sys.executable, "-m", "kvstore", "profiles", "push", str(folder)]
+    command += ["--url", f"http://{STORE_ADDRESS}:{port}", "--namespace", namespace]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the profiles were not pushed: {done.stderr.strip()}")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from benchmarks.harness import RESULTS, ROOT, Row
 from benchmarks.peer_pages import PEER_PAGES
 from benchmarks.profiler_pages import PROFILER_PAGES
 from benchmarks.report_parts import Column, Page, RowTable, new_figure, plain, save_figure, two_digits
+from benchmarks.service_pages import SERVICE_PAGES
 from benchmarks.tier_pages import TIER_PAGES
 
 DOCS = ROOT / "docs"
@@ -239,6 +240,7 @@ PAGES: Mapping[str, Page] = {
     **ENGINE_QUALITY_PAGES,
     **PEER_PAGES,
     **PROFILER_PAGES,
+    **SERVICE_PAGES,
     **TIER_PAGES,
 }
 """How each benchmark is shown; one that is not listed gets plain tables of its rows."""

@@ -1,11 +1,11 @@
 """A vLLM engine as a process: builds an `LLM` from the JSON in its first line, then answers one JSON line with another.
 
 Commands: `{"prompts": [[token ids], ...], "tokens": n}` generates greedily and says how long that took from handing the
-prompts over; with `"log_p": true` also the whole distribution of every token, with `"params"` each request has these
-`kv_transfer_params`, and with `"salt"` this cache salt. `{"metrics": true}` gives the counters, `{"reset": true}`
-empties the engine's own cache, `{"versions": true}` gives those of packages, and `{"events": true}` what the engine
-published about blocks since the last time (where the first line has `"events": true`). Nothing but answers goes to
-standard output.
+prompts over (`took_s`), and until each one's first token (`first_s`); with `"log_p": true` also the whole distribution
+of every token, with `"params"` each request has these `kv_transfer_params`, and with `"salt"` this cache salt.
+`{"metrics": true}` gives the counters, `{"reset": true}` empties the engine's own cache, `{"versions": true}` gives
+those of packages, and `{"events": true}` what the engine published about blocks since the last time (where the first
+line has `"events": true`). Nothing but answers goes to standard output.
 """
 
 import base64
@@ -120,6 +120,7 @@ def _answer(llm: Any, command: dict[str, Any]) -> Any:
             "finish": one.outputs[0].finish_reason,
             "log_p": _log_p(one.outputs[0].logprobs) if wants_log_p else None,
             "took_s": took_s,
+            "first_s": one.metrics.first_token_latency if one.metrics else None,
         }
         for one in outputs
     ]

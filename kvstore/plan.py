@@ -18,6 +18,8 @@ SECONDS_MAX = 1e5
 NATS_MAX = 1e3
 BYTES_MAX = 1 << 50
 READS_MAX = 1e9
+READS_BEHIND = 20.0
+"""What fetches count against a put for which nobody waits."""
 _CHUNK_BYTES_MAX = 1 << 40
 _CHUNK_TOKENS_MAX = 1 << 16
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -183,6 +183,56 @@ def test_a_put_reckons_with_the_rates_that_its_link_has_had() -> None:
     assert arm([1e7] * 16 + [1e9] * 8, prefill_s=0.2) == EXACT
 
 
+def reports(plans: Planner, who: Who, bytes_per_s: float) -> None:
+    """A client fetches over a link of a rate, and says so."""
+    for _ in range(20):
+        decision, _ = plans.plan_get(who, Losses(SET), [held(SET.profiles[0])] * 4, CONTEXT, 4)
+        plans.controller.clock.now_s += 100.0  # type: ignore[attr-defined]
+        took_s = 16 * MB / bytes_per_s
+        assert isinstance(plans.observe(who.tenant, decision.id, Outcome(took_s, 16 * MB, took_s)), Pending)
+
+
+def puts(plans: Planner, found: ProfileSet = SET, **change: Any) -> str:
+    decision, _ = plans.plan_put(WHO, Losses(found), 4, CONTEXT._replace(**change))
+    return decision.choice.arm.name
+
+
+def beside_the_putter() -> Planner:
+    """The planner of a server that those who put sit beside."""
+    plans = planner()
+    for _ in range(20):
+        decision, _ = plans.plan_put(WHO, Losses(SET), 4, CONTEXT)
+        plans.controller.clock.now_s += 1.0  # type: ignore[attr-defined]
+        plans.observe("", decision.id, Outcome(0.003, 128 * MB, 0.0026))
+    return plans
+
+
+def test_what_is_put_is_encoded_for_the_links_of_those_who_fetch() -> None:
+    plans, other = beside_the_putter(), beside_the_putter()
+    assert puts(plans) == EXACT
+    reports(plans, Who("", "10.0.0.7/reader"), 12.5e6)
+    assert puts(plans) == "fine"
+    # Those of others, and one slow one of three, make no difference.
+    reports(other, Who("somebody", "10.0.0.7/reader"), 12.5e6)
+    for number, rate in enumerate((50e9, 50e9, 12.5e6)):
+        reports(other, Who("", f"10.0.0.{number}/x"), rate)
+    assert puts(other) == EXACT
+
+
+def test_what_is_fetched_often_may_be_encoded_for_long() -> None:
+    slow = profile(
+        name="slow",
+        pipeline=[{"stage": "hadamard"}, {"stage": "raw"}],
+        encode_s_per_gb=5.0,
+        levels=levels((32, 0.0002)),
+    )
+    found = parse_profiles(a_set(profiles=[FINE, slow]))
+    plans = planner()
+    reports(plans, Who("", "10.0.0.7/reader"), 125e6)
+    assert puts(plans, found) == "fine"
+    assert puts(plans, found, reads=20.0) == "slow"
+
+
 def test_links_that_turn_out_slow_make_computing_the_better_arm() -> None:
     plans = planner()
     chunks = [held(SET.profiles[0])] * 4
@@ -286,6 +336,7 @@ CONTEXT_JSON = {"chunk_bytes": 1 << 20, "chunk_tokens": 256}
         ("budget_nats", [-0.1, math.nan, math.inf, 1e9, "0.1", True]),
         ("deadline_s", [0, -1, math.nan, 1e9, "soon"]),
         ("prefill_s", [0, -1, math.nan, math.inf, -math.inf, 1e9, []]),
+        ("reads", [0, -1, math.nan, 1e12, "often"]),
     ],
 )
 def test_a_context_is_refused_by_the_name_of_its_field(field: str, values: list[Any]) -> None:

@@ -1,14 +1,20 @@
 """The vLLM connector where the server plans what is saved and loaded."""
 
+import time
 from functools import partial
+from itertools import count
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from kvstore.client import Client
+from kvstore.codecs import decode
 from kvstore.controller.controller import Controller
 from kvstore.keys import namespace_of
+from kvstore.plan import Outcome, Plan
 from kvstore.profile import parse_profiles
+from kvstore.service import Service
 from tests.conftest import Server
 from tests.test_plan import measured
 from tests.test_profiles import a_set, level, profile, quality
@@ -99,6 +105,35 @@ async def test_who_wants_no_plans_gets_none(connector: Any, server: Server) -> N
         assert await server.metric('kvstore_requests_total{route="/v1/plan",status="200"}') == 0
     async with engine(connector, server.url, plan=False) as second:
         assert (await serve(second, Request("b", ids)))["loaded_tokens"] == 32
+
+
+async def test_the_link_is_not_blamed_for_what_decoding_takes(
+    connector: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, told = prompt(8, 40), list[Outcome]()
+    first_three, numbers = Barrier(3), count()
+
+    def decode_slowly(*args: Any, **options: Any) -> Any:
+        if next(numbers) < first_three.parties:
+            first_three.wait(60)
+            time.sleep(0.2)
+        return decode(*args, **options)
+
+    async def listen(self: Service, plan: Plan, outcome: Outcome) -> None:
+        told.append(outcome)
+
+    async with engine(connector, server.url) as first:
+        await push(server, first, measured())
+        await serve(first, Request("a", ids))
+    # One chunk at a time: the fourth is fetched when one of the first three has been decoded.
+    monkeypatch.setattr("kvstore.connectors.vllm_worker._BATCH_GET_BYTES", 1)
+    monkeypatch.setattr("kvstore.connectors.vllm_worker.decode", decode_slowly)
+    monkeypatch.setattr(Service, "observe", listen)
+    async with engine(connector, server.url, settings=LOSSY) as second:
+        await serve(second, Request("b", ids))
+    [outcome] = told
+    assert outcome.wire_s is not None
+    assert outcome.took_s - outcome.wire_s >= 0.2
 
 
 async def test_chunks_behind_a_planned_load_know_what_they_stand_on(connector: Any, server: Server) -> None:

@@ -16,7 +16,7 @@ from kvstore.controller.tables import renewed
 from kvstore.errors import PipelineError
 from kvstore.header import profile_id
 from kvstore.keys import ChunkKey
-from kvstore.plan import Action, Context, Outcome, Plan
+from kvstore.plan import READS_BEHIND, Action, Context, Outcome, Plan
 from kvstore.service import Service
 
 _KEYS_MAX = 1 << 16
@@ -104,4 +104,6 @@ class Plans:
         options = self._options
         tokens_per_s = options.prefill_tokens_per_s
         prefill_s = chunks * codec.chunk_tokens / tokens_per_s if tokens_per_s else None
-        return Context(codec.size_bytes, codec.chunk_tokens, options.workload, options.budget_nats, prefill_s=prefill_s)
+        asked = (codec.size_bytes, codec.chunk_tokens, options.workload, options.budget_nats)
+        # LMCache goes on while it stores.
+        return Context(*asked, prefill_s=prefill_s, reads=READS_BEHIND)

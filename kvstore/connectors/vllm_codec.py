@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitTimeoutError
 
 from kvstore.backend import Backend, Stored
@@ -14,11 +15,14 @@ from kvstore.frame import Frame
 from kvstore.header import profile_id
 from kvstore.keys import ChunkKey, namespace_of
 from kvstore.layout import Layout
-from kvstore.plan import Action, Context, Outcome, Plan
+from kvstore.plan import READS_BEHIND, Action, Context, Outcome, Plan
 from kvstore.service import Service
 
 _PAUSE_S = 10.0
 _PIPELINES_MAX = 64
+
+Asked = Future[tuple[Pipeline, Plan]]
+"""How to encode chunks, once the server has said so."""
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +35,19 @@ class Codec:
         layout: Layout of the worker's shard.
         background: Where the server is asked.
         service: What plans; None where everything goes as configured.
+        awaited: Whether another engine waits for what is saved.
     """
 
-    def __init__(self, options: Options, layout: Layout, background: Background, service: Service | None) -> None:
+    def __init__(
+        self, options: Options, layout: Layout, background: Background, service: Service | None, *, awaited: bool
+    ) -> None:
         self.configured, self.artefacts = options.codec()
         self._options = options
         self._namespace = namespace_of(layout)
         self._layout = layout
         self._background = background
         self._service = service
+        self._awaited = awaited
         self._known: dict[bytes, Pipeline] = {}
         self._paused_until_s = 0.0
 
@@ -54,14 +62,23 @@ class Codec:
             found = await self._service.artefacts(self._namespace, missing)
             self.artefacts.update({digest: found[digest] for digest in missing})
 
-    def plan(self, chunks: int) -> tuple[Pipeline, Plan]:
-        """How to encode chunks; for a thread that may wait a moment for the answer."""
+    def ask(self, chunks: int) -> Asked | None:
+        """Begin to ask how to encode chunks; None where that is not planned."""
         if self._service is None or time.monotonic() < self._paused_until_s:
-            return self.configured, Plan(Action.STATIC)
+            return None
         context = Context(
-            self._layout.chunk_bytes, self._layout.chunk_tokens, self._options.workload, self._options.budget_nats
+            self._layout.chunk_bytes,
+            self._layout.chunk_tokens,
+            self._options.workload,
+            self._options.budget_nats,
+            reads=None if self._awaited else READS_BEHIND,
         )
-        asked = self._background.submit(self._ask(self._service, chunks, context))
+        return self._background.submit(self._ask(self._service, chunks, context))
+
+    def plan(self, asked: Asked | None) -> tuple[Pipeline, Plan]:
+        """How to encode chunks; for a thread that may wait a moment for the answer."""
+        if asked is None:
+            return self.configured, Plan(Action.STATIC)
         try:
             return asked.result(self._options.match_s)
         except (KVStoreError, WaitTimeoutError) as exc:

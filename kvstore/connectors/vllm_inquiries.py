@@ -105,7 +105,7 @@ class Inquiries:
         plan, tracked.plan = tracked.plan, None
         # A load that was cut short says nothing of what all of it would have taken.
         if plan is not None and all(result.chunks == load.chunks for result in results):
-            self._tell(plan, Outcome(slowest.took_s, size_bytes, slowest.arrived_s, None, slowest.decoding_s))
+            self._tell(plan, Outcome(slowest.took_s, size_bytes, slowest.fetching_s, None, slowest.decoding_s))
 
     def ended(self, tracked: Tracked) -> None:
         """A request ended: where it was computed as planned, report what that took, as far as steps tell."""

@@ -158,6 +158,7 @@ class Loaded:
         took_s: Seconds from its start to its end.
         arrived_s: Seconds from its start until the last bytes had come.
         decoding_s: Seconds in which anything was decoded and written.
+        fetching_s: Seconds in which anything was under way; what is decoded may keep the next one waiting.
     """
 
     chunks: int
@@ -167,6 +168,7 @@ class Loaded:
     took_s: float
     arrived_s: float = 0.0
     decoding_s: float = 0.0
+    fetching_s: float = 0.0
 
 
 @dataclass

@@ -27,6 +27,7 @@ class Loading:
     size_bytes: int = 0
     arrived_s: float = 0.0
     lossy_chunks: int = 0
+    fetching: Stopwatch = field(default_factory=Stopwatch)
     decoding: Stopwatch = field(default_factory=Stopwatch)
 
     @property

@@ -18,7 +18,7 @@ from kvstore.codecs import Context, Pipeline, Planes, decode, encode
 from kvstore.connectors.background import Background, BoundedBytes, codec_threads
 from kvstore.connectors.paged import Pages, derived, empty_planes, gather_layer, is_exact, scatter
 from kvstore.connectors.paged_kernels import KernelDecoder, kernel_decoder
-from kvstore.connectors.vllm_codec import Codec
+from kvstore.connectors.vllm_codec import Asked, Codec
 from kvstore.connectors.vllm_options import Options
 from kvstore.connectors.vllm_plan import IDLE_WAIT_S, Counters, Load, Loaded, Report, Save, worst
 from kvstore.connectors.vllm_transfers import Loading, Staged
@@ -81,7 +81,7 @@ class WorkerSide:
         self._delivers = delivers
         self._announces = announces
         self._saved: dict[ChunkKey, bool] = {}
-        self._codec = Codec(options, layout, background, service)
+        self._codec = Codec(options, layout, background, service, awaited=delivers)
         # A lossy copy is only used where the user chose a lossy pipeline or a level, or the server planned it.
         self._exact_only = self._codec.configured.lossless
         self._pages: Pages | None = None
@@ -93,6 +93,7 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self._report = Report()
         self._staged: list[Staged] = []
+        self._asked: list[Asked | None] = []
         self._begun = False
         self._in_flight: set[ChunkKey] = set()
         # All loads share it: it bounds what is fetched and not yet in the engine's cache.
@@ -139,8 +140,8 @@ class WorkerSide:
             first_bad = max(load.skip, loading.chunks * self._chunk_blocks)
             self._invalid.update(load.block_ids[first_bad : load.end])
             arrived_s = loading.arrived_s - loading.started_s if loading.arrived_s else took_s
-            ended_so = (loading.chunks, loading.behind, loading.reason, loading.size_bytes)
-            result = Loaded(*ended_so, took_s, arrived_s, loading.decoding.total_s)
+            ended_so = (loading.chunks, loading.behind, loading.reason, loading.size_bytes, took_s, arrived_s)
+            result = Loaded(*ended_so, loading.decoding.total_s, loading.fetching.total_s)
             self._report.loads[load.request_id] = [result]
             self._count_load(loading, result)
         return {loading.load.request_id for loading in ended}
@@ -169,9 +170,9 @@ class WorkerSide:
         for staged in self._staged:
             while staged.layers < self._layout.layers:
                 self._copy(staged, staged.layers)
-        jobs, self._staged, self._begun = self._staged, [], False
-        for start in range(0, len(jobs), self._put_batch):
-            self._encoder.submit(self._store, jobs[start : start + self._put_batch])
+        jobs, asked, self._staged, self._asked, self._begun = self._staged, self._asked, [], [], False
+        for number, start in enumerate(range(0, len(jobs), self._put_batch)):
+            self._encoder.submit(self._store, jobs[start : start + self._put_batch], asked[number])
         if self._delivers and jobs and any(save.final for save in saves):
             self._queue.wait_empty(self._options.deadline_s)
 
@@ -217,7 +218,8 @@ class WorkerSide:
         async with self._gate:
             keys = loading.load.keys[self._rank][numbers.start : numbers.stop]
             try:
-                answers = await self._backend.get(keys, level=loading.load.level)
+                with loading.fetching:
+                    answers = await self._backend.get(keys, level=loading.load.level)
             except KVStoreError as exc:
                 log.warning("fetching %d chunks failed: %s", len(keys), exc)
                 return "unavailable"
@@ -320,6 +322,9 @@ class WorkerSide:
                 else:
                     self._counters.add("save_dropped")
                     self._tell([key], held=False)
+        # The answer comes while the engine still computes.
+        starts = range(0, len(self._staged), self._put_batch)
+        self._asked = [self._codec.ask(min(self._put_batch, len(self._staged) - start)) for start in starts]
 
     def _copy(self, staged: Staged, layer: int) -> None:
         """Copy one layer, if it is the next one."""
@@ -331,10 +336,10 @@ class WorkerSide:
         gather_layer(self._pages, layer, blocks, staged.planes)
         staged.layers += 1
 
-    def _store(self, jobs: Sequence[Staged]) -> None:
+    def _store(self, jobs: Sequence[Staged], asked: Asked | None) -> None:
         """Encode chunks and send them; runs in the encoder's thread."""
         try:
-            pipeline, plan = self._codec.plan(len(jobs))
+            pipeline, plan = self._codec.plan(asked)
             began_s = time.monotonic()
             items = [self._encode(staged, pipeline) for staged in jobs]
             for staged in jobs:

@@ -112,6 +112,8 @@ class Client:
     decode: DecodeSpeed = field(default_factory=DecodeSpeed)
     encode: DecodeSpeed = field(default_factory=DecodeSpeed)
     prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
+    reads: bool = False
+    """Whether it has fetched anything."""
 
 
 @dataclass
@@ -176,9 +178,9 @@ class Planner:
         Returns:
             The decision, and the profile; None for no compression.
         """
-        client = self._client(who)
+        client, reader = self._client(who), self._reader(who)
         link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
-        later = _Later(client, chunks, _ends_s(context))
+        later = _Later(reader, chunks, _ends_s(context))
         reads = _READS if context.reads is None else context.reads
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
@@ -233,6 +235,7 @@ class Planner:
         if outcome.wire_s:
             wire_s = min(outcome.wire_s, outcome.took_s)
             client.link.observe(outcome.size_bytes, wire_s, first_byte_s=outcome.first_byte_s)
+        client.reads = client.reads or decided.situation.tier != PUT
         codec = client.encode if decided.situation.tier == PUT else client.decode
         if outcome.codec_s and note.codec_s:
             codec.observe(decided.arm, note.codec_s, outcome.codec_s)
@@ -308,6 +311,12 @@ class Planner:
             return LinkState(Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3)))
 
         return renewed(self.tiers, name, _TIERS_MAX, made)
+
+    def _reader(self, who: Who) -> Client:
+        """Who is expected to fetch what somebody puts: of the tenant's clients that fetch, the one in the middle."""
+        readers = [one for one in self._clients.get(who.tenant, {}).values() if one.reads]
+        readers.sort(key=lambda one: one.link.rate.value)
+        return readers[(len(readers) - 1) // 2] if readers else self._client(who)
 
     def _client(self, who: Who) -> Client:
         clients = renewed(self._clients, who.tenant, _TENANTS_MAX, dict)
