@@ -14,19 +14,10 @@ from typing import NamedTuple
 
 from kvstore.backend import Copy, Held
 from kvstore.controller.controller import Controller, Decision, Ignored, Pending, Situation
-from kvstore.controller.estimators import DecodeSpeed, Level, LinkState, PrefillSpeed, octave
+from kvstore.controller.estimators import Level, LinkState, octave
 from kvstore.controller.estimators import Load as LoadState
-from kvstore.controller.latency import (
-    GB,
-    Link,
-    Rates,
-    Terms,
-    Volume,
-    compute_terms,
-    fetch_terms,
-    overlapped_s,
-    put_terms,
-)
+from kvstore.controller.fetching import Client, Fetching, Later, ends_s, link_of, measured, terms_of, useful
+from kvstore.controller.latency import GB, Rates, Volume, compute_terms, put_terms
 from kvstore.controller.losses import Losses
 from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Wish
 from kvstore.controller.tables import renewed
@@ -63,28 +54,6 @@ class Who(NamedTuple):
     link: str
 
 
-class Fetching(NamedTuple):
-    """A way to fetch.
-
-    Args:
-        name: Of the arm.
-        level: Quality level to fetch up to; None for all that are held.
-        loss_nats: Worst quality loss of its chunks.
-        coded_bytes: Bytes to be sent.
-        read_s: Seconds to read them from their tiers.
-        read_rtt_s: Longest time to the first byte of one of these.
-        decode_s: Seconds to decode them, as they were measured.
-    """
-
-    name: str
-    level: int | None
-    loss_nats: float
-    coded_bytes: int
-    read_s: float
-    read_rtt_s: float
-    decode_s: float
-
-
 class Run(NamedTuple):
     """Chunks that are held alike."""
 
@@ -102,18 +71,6 @@ class Note(NamedTuple):
 
     codec_s: float
     tokens: int
-
-
-@dataclass
-class Client:
-    """What is known of a link and of the client behind it."""
-
-    link: LinkState = field(default_factory=LinkState)
-    decode: DecodeSpeed = field(default_factory=DecodeSpeed)
-    encode: DecodeSpeed = field(default_factory=DecodeSpeed)
-    prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
-    reads: bool = False
-    """Whether it has fetched anything."""
 
 
 @dataclass
@@ -152,12 +109,12 @@ class Planner:
         tokens = len(held) * context.chunk_tokens
         ways = list(self._ways(losses, runs, context, tokens))
         raw_bytes = float(len(held) * context.chunk_bytes)
-        link = _link_of(client)
+        link = link_of(client)
         fetches = [
-            Arm(way.name, way.loss_nats, _fetch_terms(way, raw_bytes, len(held), link, client.decode)) for way in ways
+            Arm(way.name, way.loss_nats, terms_of(way, raw_bytes, len(held), link, client.decode)) for way in ways
         ]
-        useful = _useful(fetches, self._budget_nats(context), hurried=context.deadline_s is None)
-        arms = [*useful, _compute(client, context, tokens, asked)]
+        arms = useful(fetches, self._budget_nats(context), hurried=context.deadline_s is None)
+        arms.append(_compute(client, context, tokens, asked))
         situation = self._situation(who, runs[0].copy.tier, raw_bytes)
         by_name = {way.name: way for way in ways}
 
@@ -179,8 +136,8 @@ class Planner:
             The decision, and the profile; None for no compression.
         """
         client, reader = self._client(who), self._reader(who)
-        link, raw_bytes = _link_of(client), float(chunks * context.chunk_bytes)
-        later = _Later(reader, chunks, _ends_s(context))
+        link, raw_bytes = link_of(client), float(chunks * context.chunk_bytes)
+        later = Later(reader, chunks, ends_s(context))
         reads = _READS if context.reads is None else context.reads
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
@@ -194,7 +151,7 @@ class Planner:
                 continue
             # The coarsest level that will do has the fewest bytes, and is decoded fastest.
             level = next((number for number, loss_nats in enumerate(lost) if loss_nats <= budget_nats), len(lost) - 1)
-            way = _measured(profile, level, finest_nats, raw_bytes)
+            way = measured(profile, level, finest_nats, raw_bytes)
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
@@ -330,64 +287,6 @@ class Planner:
         return renewed(clients, who.link, _LINKS_MAX, made)
 
 
-class _Later:
-    """What becomes of a copy that is put now.
-
-    Args:
-        client: Who will fetch it.
-        chunks: Into how many it is cut.
-        ends_s: Time to compute it; infinite where nobody knows.
-    """
-
-    def __init__(self, client: Client, chunks: int, ends_s: float) -> None:
-        self._decode = client.decode
-        self._chunks = chunks
-        self._ends_s = ends_s
-        self._rtt_s = client.link.rtt.value
-        self._now_bytes_per_s = client.link.rate.value
-        past = sorted(client.link.past)
-        # Five of them stand for all.
-        self._past_bytes_per_s = [past[len(past) * (2 * n + 1) // 10] for n in range(5)] if past else []
-
-    def fetch_s(self, way: Fetching) -> float:
-        """Expected time of one fetch, where it is not computed sooner: as the link is now, and as it was before."""
-        decode_s = way.decode_s * self._decode.factor(way.name)
-        now_s = self._over_s(way, decode_s, self._now_bytes_per_s)
-        if not self._past_bytes_per_s:
-            return now_s
-        past_s = [self._over_s(way, decode_s, bytes_per_s) for bytes_per_s in self._past_bytes_per_s]
-        return (now_s + sum(past_s) / len(past_s)) / 2
-
-    def _over_s(self, way: Fetching, decode_s: float, bytes_per_s: float) -> float:
-        fetch_s = self._rtt_s + overlapped_s((way.coded_bytes / bytes_per_s, decode_s), self._chunks)
-        return min(self._ends_s, fetch_s)
-
-
-def _ends_s(context: Context) -> float:
-    """When computing would be done."""
-    return math.inf if context.prefill_s is None else context.prefill_s
-
-
-def _link_of(client: Client) -> Link:
-    return Link(client.link.rate.value, client.link.rtt.value)
-
-
-def _measured(profile: Profile, level: int, loss_nats: float, raw_bytes: float) -> Fetching:
-    """A fetch of what a profile would make, by its measured ratio."""
-    found = profile.levels[level]
-    decode_s = raw_bytes / GB * found.decode_s_per_gb
-    return Fetching(f"{profile.name}/{level}", level, loss_nats, round(raw_bytes / found.ratio), 0.0, 0.0, decode_s)
-
-
-def _fetch_terms(way: Fetching, raw_bytes: float, chunks: int, link: Link, decode: DecodeSpeed) -> Terms:
-    rates = Rates(
-        read_bytes_per_s=way.coded_bytes / way.read_s if way.read_s else math.inf,
-        read_rtt_s=way.read_rtt_s,
-        decode_s_per_gb=way.decode_s * decode.factor(way.name) / (raw_bytes / GB),
-    )
-    return fetch_terms(Volume(raw_bytes, way.coded_bytes, chunks), link, rates)
-
-
 def _compute(client: Client, context: Context, tokens: int, asked: int) -> Arm:
     """The arm that computes what is held instead of fetching it."""
     if context.prefill_s is not None:
@@ -396,23 +295,3 @@ def _compute(client: Client, context: Context, tokens: int, asked: int) -> Arm:
     else:
         prefill_s = client.prefill.seconds(tokens)
     return Arm(RECOMPUTE, 0.0, compute_terms(_UNKNOWN_PREFILL_S if prefill_s is None else prefill_s))
-
-
-def _useful(arms: Sequence[Arm], budget_nats: float, *, hurried: bool) -> list[Arm]:
-    """The arms that no other one beats, and those beyond the budget, which are refused by name.
-
-    One beats another with no more bytes, no more decoding, and no more loss; where only time counts, with any loss
-    that is within the budget.
-    """
-    kept: list[Arm] = []
-    refused: list[Arm] = []
-    for arm in sorted(arms, key=lambda one: one.terms.stage_s("wire")):
-        if arm.loss_nats > budget_nats:
-            refused.append(arm)
-        elif not any(
-            (hurried or other.loss_nats <= arm.loss_nats)
-            and other.terms.stage_s("decode") <= arm.terms.stage_s("decode")
-            for other in kept
-        ):
-            kept.append(arm)
-    return kept + refused
