@@ -2,14 +2,15 @@
 
     make bench-profiler_efficiency
 
-The grid is `results/profiler_grid.jsonl`, measured by `benchmarks.profiler_grid`.
+The grid is `results/profiler_grid.jsonl`, measured by `benchmarks.profiler_grid`. A seed of ours takes a core for a quarter
+of an hour, so what a seed has found is kept, and a run that was stopped goes on behind it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median_high
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import profiler_searchers
 from benchmarks.harness import (
     Aim,
     Row,
@@ -30,11 +32,13 @@ from benchmarks.harness import (
 )
 from benchmarks.profiler_grid import GRID
 from benchmarks.profiler_searchers import Grid, at_random, curve, kvserve, ours
+from kvstore.profiler import search, surrogate
 from kvstore.profiler.objectives import Outcome, Trial
 from kvstore.profiler.pareto import best_cover, front, hypervolume, point
 from kvstore.profiler.space import Space
 
 NAME = "profiler_efficiency"
+KEPT = Path(__file__).parent.parent / "build" / "profiler_efficiency.jsonl"
 LOSS_MAX = 0.3
 SHARE = 0.99
 _START = 8
@@ -53,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(NAME, "Hypervolume against model runs.")
     parser.add_argument("--grid", type=Path, default=GRID, help="file of the grid (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="file of what seeds have found (%(default)s)")
     args = parser.parse_args(argv)
     grid = read_grid(args.grid, every=40 if args.quick else 1)
     budget = max(_START + 2, 3 * len(grid.configurations) // 100) if not args.quick else _START + 2
-    rows, aims = compare(grid, budget, args.seed, args.jobs, seeds_max=2 if args.quick else None)
+    kept = Kept(None if args.quick else args.kept, args.grid)
+    rows, aims = compare(grid, budget, args.seed, args.jobs, kept, seeds_max=2 if args.quick else None)
     packages = ("torch", "botorch", "gpytorch", "scikit-learn")
     write_result(NAME, rows, aims, args.seed, packages=packages, out=output_path(NAME, args))
     _show(rows, aims)
@@ -98,8 +104,40 @@ def reference_of(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> tuple[
     return min(one[0] for one in feasible), max(one[1] for one in feasible), max(one[2] for one in feasible)
 
 
+class Kept:
+    """What seeds have found, in a file that every one of them adds a line to.
+
+    Args:
+        path: The file; None keeps nothing.
+        grid: File of the grid: what was found on another one does not count, nor what other searchers found.
+    """
+
+    def __init__(self, path: Path | None, grid: Path) -> None:
+        self._path = path
+        code = b"".join(Path(module.__file__ or "").read_bytes() for module in (search, surrogate, profiler_searchers))
+        self._digest = hashlib.sha256(grid.read_bytes() + code).hexdigest()
+        self._found: dict[tuple[str, int, int], list[float]] = {}
+        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+            record = json.loads(line)
+            if record["digest"] == self._digest:
+                self._found[record["searcher"], record["budget"], record["seed"]] = record["volumes"]
+
+    def get(self, name: str, budget: int, seed: int) -> list[float] | None:
+        """What a seed has found."""
+        return self._found.get((name, budget, seed))
+
+    def add(self, name: str, budget: int, seed: int, volumes: list[float]) -> None:
+        """A seed has ended."""
+        self._found[name, budget, seed] = volumes
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            record = {"digest": self._digest, "searcher": name, "budget": budget, "seed": seed, "volumes": volumes}
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+
 def compare(
-    grid: Grid, budget: int, seed: int, jobs: int, *, seeds_max: int | None = None
+    grid: Grid, budget: int, seed: int, jobs: int, kept: Kept, *, seeds_max: int | None = None
 ) -> tuple[list[Row], list[Aim]]:
     """Curves of all searchers, the greedy ceiling, and the aims."""
     reference = torch.tensor(point(*grid.reference), dtype=torch.float64)
@@ -111,12 +149,15 @@ def compare(
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for name, (_, count) in SEARCHERS.items():
             seeds = range(seed, seed + min(count, seeds_max or count))
-            found = list(pool.map(partial(_one, grid, budget, name), seeds))
-            shares[name] = [[volume / whole for volume in one] for one in found]
-            print(
-                f"{name}: {len(found)} seeds, {percentile([one[-1] for one in found], 50):.4f} after {budget}",
-                flush=True,
-            )
+            running = {
+                pool.submit(_one, grid, budget, name, number): number
+                for number in seeds
+                if kept.get(name, budget, number) is None
+            }
+            for done in as_completed(running):
+                kept.add(name, budget, running[done], done.result())
+                print(f"{name}, seed {running[done]}: {done.result()[-1] / whole:.4f} after {budget}", flush=True)
+            shares[name] = [[volume / whole for volume in kept.get(name, budget, one) or []] for one in seeds]
     rows: list[Row] = [
         {
             "table": "grid",
