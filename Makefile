@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 BENCHMARKS := $(filter-out harness report tiers_hits mooncake_worker profiler_grid kvserve_server,$(basename $(notdir $(shell grep -l '^def main' benchmarks/*.py))))
 
-.PHONY: help demo test test-lmdb test-s3 test-engines lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: help demo test test-long test-lmdb test-s3 test-engines lint format bench docs test-lowest clean $(addprefix bench-,$(BENCHMARKS))
 
 help:
 	@echo "make demo          run the main job: store, fetch and reuse a real model's KV cache"
 	@echo "make test          run the tests"
+	@echo "make test-long     run the tests that take tens of seconds each, in some minutes"
 	@echo "make test-lmdb     fill the disk tier with 20,000 chunks of 10 KiB to 32 MiB and kill it, in some minutes"
 	@echo "make test-s3       run the S3 tier on Ceph (Debian packages) and kill it; S3_STORM_S=60 says how long each time"
 	@echo "make test-engines  run the connectors in the real engines, each in an environment of its own (gigabytes)"
@@ -26,6 +27,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long
 
 test-lmdb: $(VENV)/.dev
 	LMDB_PRESSURE_OPERATIONS=20000 LMDB_PRESSURE_BUDGET=1GiB \

@@ -338,6 +338,7 @@ def test_damage_takes_no_memory_worth_speaking_of() -> None:
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
 
 
+@pytest.mark.long
 @pytest.mark.skipif("NUMBA_BOUNDSCHECK" in os.environ, reason="this is the run with checked bounds")
 def test_compiled_loops_stay_within_their_arrays(tmp_path: Any) -> None:
     # An index out of range is an IndexError there, which no test expects. Machine code is cached apart.

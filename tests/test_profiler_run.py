@@ -141,6 +141,7 @@ def test_a_run_that_is_done_is_not_done_again(finished: tuple[Finished, Path]) -
         run_profile(options(out, resume=True, seed=1))
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvstore", "profile", "--model", str(MODEL), "--calibration", str(TEXT)]
     command += ["--out", str(tmp_path / "out"), "--budget", "3", "--buckets", "256", "--prompts", "1"]
@@ -236,6 +237,7 @@ class Deadly(Configuration):
         return 1
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_takes_nothing_with_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVSTORE_TEST_PID", str(os.getpid()))
     deadly = Deadly({**PLAIN.values, "step": 48.0})

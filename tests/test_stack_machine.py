@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -376,6 +377,7 @@ def test_the_stack_is_a_dictionary_whatever_happens() -> None:
     run_state_machine_as_test(OverDiskMachine, settings=_settings(EXAMPLES))
 
 
+@pytest.mark.long
 def test_the_stack_over_s3_is_a_dictionary_whatever_happens() -> None:
     with running_moto() as moto:
 
