@@ -34,6 +34,7 @@ class Ahead:
         artefacts: Calibration artefacts by digest.
         planes: Where to write, `[layers, tokens, kv_heads, head_dim]` a plane.
         decoding: Runs while anything is decoded.
+        tasks: Where layer groups are decoded while others arrive; frames that came whole need none.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Ahead:
         artefacts: Mapping[str, bytes],
         planes: Mapping[str, torch.Tensor],
         decoding: Stopwatch,
+        tasks: asyncio.TaskGroup | None = None,
     ) -> None:
         self._layout = layout
         self._keys = keys
@@ -52,14 +54,10 @@ class Ahead:
         self._planes = planes
         self._stopwatch = decoding
         self._gate = asyncio.Semaphore(_CONCURRENCY)
-        self._tasks: asyncio.TaskGroup | None = None
+        self._tasks = tasks
         self._parts: dict[tuple[int, int], dict[str, memoryview]] = {}
         self._decoding: dict[int, Decoding | Miss] = {}
         self._decoded: set[tuple[int, int]] = set()
-
-    def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Decode in tasks of this group from now on."""
-        self._tasks = tasks
 
     def arrived(self, number: int, head: Head, levels: int, segment: Arrived) -> None:
         """A segment has arrived.
@@ -74,29 +72,29 @@ class Ahead:
         self._parts.setdefault(place, {})[segment.plane] = segment.data
         last = segment.level == levels - 1 and segment.plane == head.header.planes[segment.level][-1]
         if last and self._tasks is not None:
-            self._tasks.create_task(self._decode(place, head, self._parts.pop(place)))
+            self._tasks.create_task(self._decode(number, head, {segment.group: self._parts.pop(place)}))
 
     async def finish(self, number: int, frame: Frame) -> Frame | Miss:
         """Decode what of a chunk was not decoded yet, at the levels that its frame has; or why that cannot be done."""
-        for group, coded in enumerate(by_group(frame)):
-            if (number, group) not in self._decoded:
-                await self._decode((number, group), frame.head, coded)
+        left = {group: coded for group, coded in enumerate(by_group(frame)) if (number, group) not in self._decoded}
+        if left:
+            await self._decode(number, frame.head, left)
         found = self._decoding[number]
         return found if isinstance(found, Miss) else frame
 
-    async def _decode(self, place: tuple[int, int], head: Head, coded: Mapping[str, memoryview]) -> None:
+    async def _decode(self, number: int, head: Head, groups: Mapping[int, Mapping[str, memoryview]]) -> None:
         async with self._gate:
             with self._stopwatch:
-                await asyncio.to_thread(self._decode_group, place, head, coded)
+                await asyncio.to_thread(self._decode_groups, number, head, groups)
 
-    def _decode_group(self, place: tuple[int, int], head: Head, coded: Mapping[str, memoryview]) -> None:
-        number, group = place
+    def _decode_groups(self, number: int, head: Head, groups: Mapping[int, Mapping[str, memoryview]]) -> None:
         try:
             if number not in self._decoding:
                 self._decoding[number] = self._begin(number, head)
             if not isinstance(decoding := self._decoding[number], Miss):
-                decoding.decode(group, coded)
-                self._decoded.add(place)
+                for group, coded in groups.items():
+                    decoding.decode(group, coded)
+                    self._decoded.add((number, group))
         except FrameError as exc:
             log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
             self._decoding[number] = Miss(Reason.CORRUPT)

@@ -74,4 +74,4 @@ async def _fetch_some(
 
 def _seen(arrived: Callable[[int, Head, int, Arrived], None], before: int, fetch: Fetch, segment: Arrived) -> None:
     """Tell of a segment by the number of its chunk among all that were asked for."""
-    arrived(before + segment.chunk, fetch.heads[segment.chunk], fetch.levels[segment.chunk], segment)
+    arrived(before + segment.chunk, *fetch.coming(segment.chunk), segment)

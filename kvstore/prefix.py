@@ -17,11 +17,11 @@ import torch
 from kvstore.ahead import Ahead
 from kvstore.backend import Ack, Backend, Held, Match, Miss, Reason, Stored
 from kvstore.client import Client
-from kvstore.codecs import Context, Pipeline, Planes, decode, encode
+from kvstore.codecs import Context, Pipeline, Planes, encode
 from kvstore.codecs.importance import token_importance
 from kvstore.codecs.ref.predict import HISTORY
 from kvstore.codecs.stage import TORCH_DTYPES
-from kvstore.errors import BackendError, FrameError, PipelineError
+from kvstore.errors import BackendError, PipelineError
 from kvstore.fetch import fetch_run
 from kvstore.frame import Frame
 from kvstore.keys import ChunkKey, chunk_keys
@@ -216,8 +216,9 @@ class _Fetch:
             if stop_s is not None and isinstance(self._backend, Client):
                 group.create_task(self._stream(self._backend, len(held), stop_s))
             else:
+                decoder = self._decoder()
                 for batch in _batches(held, self._level):
-                    group.create_task(self._fetch(batch))
+                    group.create_task(self._fetch(batch, decoder))
 
     async def match(self, wait_s: float) -> Match:
         """What is held, after waiting for it."""
@@ -248,7 +249,7 @@ class _Fetch:
             self._decoding.total_s,
         )
 
-    async def _fetch(self, batch: range) -> None:
+    async def _fetch(self, batch: range, decoder: Ahead) -> None:
         async with self._gate:
             keys = [self._keys[number] for number in batch]
             try:
@@ -258,46 +259,29 @@ class _Fetch:
                 answers = [Miss(Reason.BREAKER)] * len(keys)
             self._arrived_s = time.monotonic()
             for number, answer in zip(batch, answers, strict=True):
-                await self._take(number, answer)
+                await self._take(number, answer, decoder)
 
     async def _stream(self, client: Client, held: int, stop_s: float) -> None:
         """Fetch coarse levels of all chunks first, stop at a time, and decode layer groups while others arrive."""
-        ahead = Ahead(self._layout, self._keys, self._token_ids, self._artefacts, self._planes, self._decoding)
         async with asyncio.TaskGroup() as group:
-            ahead.start(group)
+            ahead = self._decoder(group)
             fetched = await fetch_run(
                 client, self._keys[:held], level=self._level, deadline_s=stop_s, arrived=ahead.arrived
             )
-        self._arrived_s = time.monotonic()
+            # Before what is still being decoded has ended.
+            self._arrived_s = time.monotonic()
         missing = held - len(fetched.frames)
         self._done[len(fetched.frames) :] = [fetched.miss or Miss(Reason.DEADLINE)] * missing
         async with asyncio.TaskGroup() as group:
             for number, frame in enumerate(fetched.frames):
-                group.create_task(self._finish(ahead, number, frame))
+                group.create_task(self._take(number, frame, ahead))
 
-    async def _finish(self, ahead: Ahead, number: int, frame: Frame) -> None:
+    async def _take(self, number: int, answer: Frame | Miss, decoder: Ahead) -> None:
         """Decode what of a chunk was not decoded while it arrived."""
-        self._done[number] = await ahead.finish(number, frame)
+        self._done[number] = answer if isinstance(answer, Miss) else await decoder.finish(number, answer)
 
-    async def _take(self, number: int, answer: Frame | Miss) -> None:
-        with self._decoding:
-            self._done[number] = await asyncio.to_thread(self._decode, number, answer)
-
-    def _decode(self, number: int, answer: Frame | Miss) -> Frame | Miss:
-        if isinstance(answer, Miss):
-            return answer
-        tokens = self._layout.chunk_tokens
-        if answer.head.header.first_position != number * tokens:
-            return Miss(Reason.IDENTITY)
-        start, end = number * tokens, (number + 1) * tokens
-        out = {name: plane[:, start:end] for name, plane in self._planes.items()}
-        recent = self._token_ids[max(0, start - HISTORY) : end]
-        try:
-            decode(answer, self._layout, self._artefacts, key=self._keys[number], token_ids=recent, out=out)
-        except FrameError as exc:
-            log.warning("chunk %d of the prefix cannot be decoded: %s", number, exc)
-            return Miss(Reason.CORRUPT)
-        return answer
+    def _decoder(self, tasks: asyncio.TaskGroup | None = None) -> Ahead:
+        return Ahead(self._layout, self._keys, self._token_ids, self._artefacts, self._planes, self._decoding, tasks)
 
 
 def _batches(held: Sequence[Held], level: int | None) -> Iterator[range]:

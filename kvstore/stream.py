@@ -184,10 +184,9 @@ class Fetch:
         """Heads of the chunks that come; complete once the first segment has come."""
         return [head for head, _ in self._heads]
 
-    @property
-    def levels(self) -> Sequence[int]:
-        """How many levels of each of these chunks come."""
-        return [levels for _, levels in self._heads]
+    def coming(self, chunk: int) -> tuple[Head, int]:
+        """Head of a chunk that comes, and how many levels of it."""
+        return self._heads[chunk]
 
     def __aiter__(self) -> AsyncIterator[Arrived]:
         return self._segments()
