@@ -1,6 +1,5 @@
 """The HTTP client: a server, seen as a `Backend`. Needs no torch; tensors are the business of `kvstore.prefix`."""
 
-import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -39,7 +38,7 @@ from kvstore.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from kvstore.link_body import LinkBody
 from kvstore.links import LinkRefusedError, Links
 from kvstore.profile import ProfileSet, load_profiles, profiles_json
-from kvstore.questions import Views, bodies, body_of, by_namespace, target_of, wait_query
+from kvstore.questions import Views, bodies, body_of, by_namespace, json_of, target_of, wait_query
 from kvstore.stream import KEYS_MAX, Fetch
 from kvstore.wire import (
     BATCH_TYPE,
@@ -214,8 +213,7 @@ class Client:
             artefacts: The calibration artefacts that they need, by digest.
         """
         path = f"/v1/profiles/{namespace.hex()}"
-        data = json.dumps(profiles_json(found)).encode()
-        missing = await self.ask("PUT", path, {}, Views([memoryview(data)], "application/json"), parse_missing)
+        missing = await self.ask("PUT", path, {}, json_of(profiles_json(found)), parse_missing)
         for digest in missing:
             body = Views([memoryview(artefacts[digest])], "application/octet-stream")
             await self.ask("PUT", f"{path}/artefacts/{digest}", {}, body, parse_nothing)

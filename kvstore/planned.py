@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from kvstore.backend import Ack, Match
 from kvstore.client import Client
-from kvstore.codecs import Pipeline, Planes, build_pipeline, named_pipeline
+from kvstore.codecs import Pipeline, Planes, named_pipeline
 from kvstore.keys import chunk_keys, namespace_of
 from kvstore.layout import Layout
+from kvstore.pipelines import Pipelines
 from kvstore.plan import Action, Context, Outcome, Plan
 from kvstore.prefix import Prefix, Put, get_prefix, put_prefix
 from kvstore.service import Service
@@ -80,9 +81,11 @@ class PlannedPrefixes:
     level: int | None = None
     artefacts: Mapping[str, bytes] = field(default_factory=dict)
     service: Service = field(init=False)
+    _pipelines: Pipelines = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "service", Service(self.client))
+        object.__setattr__(self, "_pipelines", Pipelines(self.service, self.pipeline, dict(self.artefacts)))
 
     async def get(
         self, token_ids: Sequence[int], wish: Wish | None = None, *, salt: bytes = b"", wait_s: float = 0.0
@@ -106,7 +109,7 @@ class PlannedPrefixes:
         planned_s = time.monotonic()
         if plan.action is Action.RECOMPUTE:
             return Planned(plan, match, None, planned_s - started_s)
-        artefacts = {**self.artefacts, **await self.service.artefacts(namespace_of(self.layout), plan.artefacts)}
+        await self._pipelines.learn(namespace_of(self.layout), plan.artefacts)
         fetch_s = time.monotonic()
         prefix = await get_prefix(
             self.client,
@@ -116,7 +119,7 @@ class PlannedPrefixes:
             salt=salt,
             stop_s=None if wish.deadline_s is None else _stop_s(wish.deadline_s, fetch_s - started_s, plan.codec_s),
             match=match,
-            artefacts=artefacts,
+            artefacts=self._pipelines.artefacts,
         )
         ended_s = time.monotonic()
         outcome = Outcome(ended_s - fetch_s, prefix.size_bytes, prefix.arrived_s, None, prefix.decoding_s)
@@ -151,7 +154,7 @@ class PlannedPrefixes:
         plan = Plan(Action.STATIC)
         if chunks:
             plan = await self.service.plan_put(namespace_of(self.layout), chunks, (wish or Wish()).context(self.layout))
-        pipeline = await self._pipeline(plan)
+        pipeline = await self._pipelines.of(namespace_of(self.layout), plan)
         started_s = time.monotonic()
         put = await put_prefix(self.client, self.layout, token_ids, planes, pipeline, salt=salt, ack=ack)
         took_s = time.monotonic() - started_s
@@ -160,14 +163,6 @@ class PlannedPrefixes:
             wire_s = max(took_s - put.encoding_s, took_s / 4)
             await self.service.observe(plan, Outcome(took_s, put.size_bytes, wire_s, None, put.encoding_s))
         return plan, put
-
-    async def _pipeline(self, plan: Plan) -> Pipeline:
-        if plan.action is Action.STATIC:
-            return self.pipeline
-        if plan.pipeline is None:
-            return self.pipeline if self.pipeline.lossless else named_pipeline("raw")
-        artefacts = await self.service.artefacts(namespace_of(self.layout), plan.artefacts)
-        return build_pipeline(plan.pipeline, {**self.artefacts, **artefacts})
 
 
 def _stop_s(deadline_s: float, passed_s: float, codec_s: float) -> float:

@@ -1,5 +1,6 @@
 """What a client asks with: bodies of requests, cut to what one request may bring."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -53,6 +54,11 @@ def wait_query(wait_s: float) -> dict[str, str]:
 def target_of(path: str, query: Mapping[str, str]) -> bytes:
     """What names a request on a link: the route without `/v1/`, with its query."""
     return (path.removeprefix("/v1/") + "?" + "&".join([f"{name}={value}" for name, value in query.items()])).encode()
+
+
+def json_of(value: object) -> Views:
+    """A body of JSON."""
+    return Views([memoryview(json.dumps(value).encode())], "application/json")
 
 
 def body_of(digests: bytes) -> Views:

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,12 +16,11 @@ from kvstore.controller.tables import renewed
 from kvstore.errors import BackendError, BackendUnavailableError, KVStoreError, PipelineError
 from kvstore.keys import NAMESPACE_BYTES, ChunkKey
 from kvstore.plan import Action, Context, Outcome, Plan, context_json, outcome_json, parse_plan
-from kvstore.questions import WAIT_MS_MAX, Views
+from kvstore.questions import WAIT_MS_MAX, json_of
 
 _OLD_SERVER_S = 60.0
 _NAMESPACES_MAX = 256
 _ARTEFACT_BYTES_MAX = 4 << 30
-_JSON = "application/json"
 
 T = TypeVar("T")
 
@@ -92,7 +90,7 @@ class Service:
             return
         body = {"decision": plan.decision, **outcome_json(outcome)}
         try:
-            await self._client.ask("POST", "/v1/observe", {}, _json(body), parse_nothing)
+            await self._client.ask("POST", "/v1/observe", {}, json_of(body), parse_nothing)
         except KVStoreError as exc:
             log.debug("an outcome could not be told: %s", exc)
 
@@ -135,7 +133,7 @@ class Service:
             return None
         body = {**question, "client": self._name, "context": context_json(context)}
         try:
-            return await self._client.ask("POST", "/v1/plan", {}, _json(body), parse, more_s=wait_s)
+            return await self._client.ask("POST", "/v1/plan", {}, json_of(body), parse, more_s=wait_s)
         except BackendUnavailableError:
             raise
         except BackendError as exc:
@@ -155,7 +153,3 @@ def _planned_get(keys: int, text: bytes) -> tuple[Plan, Match]:
 
 def _planned_put(text: bytes) -> Plan:
     return parse_plan(load_answer(text))
-
-
-def _json(body: dict[str, Any]) -> Views:
-    return Views([memoryview(json.dumps(body).encode())], _JSON)

@@ -78,8 +78,9 @@ async def test_stores_and_loads_go_as_planned(server: Server) -> None:
     assert await server.metric('kvstore_outcomes_total{result="learned"}') == 2
 
 
-async def test_a_budget_of_none_keeps_every_bit(server: Server) -> None:
-    async with store(server, measured(), budget_nats=0.0) as (opened, codec):
+@pytest.mark.parametrize("pipeline", ["raw", "ladder-packed"])
+async def test_a_budget_of_none_keeps_every_bit(server: Server, pipeline: str) -> None:
+    async with store(server, measured(), budget_nats=0.0, pipeline=pipeline) as (opened, codec):
         await stored(opened, codec)
         found, tensors = await loaded(opened, codec)
         assert found == [True] * 4

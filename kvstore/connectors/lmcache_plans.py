@@ -4,18 +4,20 @@ LMCache looks chunks up, and loads them by a call of its own that names nothing 
 look-up is remembered by its chunks' keys.
 """
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvstore.backend import Match
 from kvstore.client import Client
-from kvstore.codecs import Pipeline, build_pipeline
+from kvstore.codecs import Pipeline
 from kvstore.connectors.lmcache_chunks import Codec
 from kvstore.connectors.lmcache_options import LMCacheOptions
 from kvstore.controller.tables import renewed
 from kvstore.errors import PipelineError
-from kvstore.header import profile_id
+from kvstore.header import StageSpec, profile_id
 from kvstore.keys import ChunkKey
+from kvstore.pipelines import Pipelines
 from kvstore.plan import READS_BEHIND, Action, Context, Outcome, Plan
 from kvstore.service import Service
 
@@ -38,8 +40,14 @@ class Plans:
         self._service = Service(client)
         self._options = options
         self._by_key: dict[ChunkKey, Plan] = {}
-        self._pipelines: dict[tuple[bytes, bytes], Pipeline | None] = {}
-        self.artefacts: dict[str, bytes] = {}
+        self._pipelines = Pipelines(self._service, options.build_pipeline(), {})
+        self._usable: dict[tuple[bytes, bytes], bool] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+
+    @property
+    def artefacts(self) -> Mapping[str, bytes]:
+        """Calibration artefacts by digest."""
+        return self._pipelines.artefacts
 
     async def match(self, keys: Sequence[ChunkKey], codec: Codec) -> tuple[Plan, Match]:
         """The leading run that is held, and what to do about it.
@@ -48,7 +56,7 @@ class Plans:
             BackendError: The server cannot be asked.
         """
         plan, match = await self._service.plan_get(keys, self._context(codec, len(keys)))
-        await self._learn(codec, plan)
+        await self._pipelines.learn(codec.namespace, plan.artefacts)
         for key in keys[: len(match.held)]:
             renewed(self._by_key, key, _KEYS_MAX, lambda: _STATIC)
             self._by_key[key] = plan
@@ -65,40 +73,43 @@ class Plans:
             KVStoreError: The server cannot be asked.
         """
         plan = await self._service.plan_put(codec.namespace, chunks, self._context(codec, chunks))
-        if plan.pipeline is None:
+        if plan.action is Action.STATIC:
             return None, plan
-        await self._learn(codec, plan)
-        known = (codec.namespace, profile_id(plan.pipeline))
-        if known not in self._pipelines:
-            renewed(self._pipelines, known, _PIPELINES_MAX, lambda: None)
-            self._pipelines[known] = self._built(codec, plan)
-        found = self._pipelines[known]
-        # What was encoded otherwise than planned says nothing of the plan.
-        return found, plan if found is not None else _STATIC
-
-    async def loaded(self, key: ChunkKey, size_bytes: int, took_s: float, arrived_s: float, decoding_s: float) -> None:
-        """Report a load, which began with this chunk."""
-        await self._service.observe(self.of(key), Outcome(took_s, size_bytes, arrived_s, None, decoding_s))
-
-    async def stored(self, plan: Plan, size_bytes: int, encoding_s: float, sending_s: float) -> None:
-        """Report a store."""
-        await self._service.observe(plan, Outcome(encoding_s + sending_s, size_bytes, sending_s, None, encoding_s))
-
-    async def _learn(self, codec: Codec, plan: Plan) -> None:
-        """Get the calibration that a plan needs and that is not here."""
-        missing = [digest for digest in plan.artefacts if digest not in self.artefacts]
-        if missing:
-            self.artefacts |= await self._service.artefacts(codec.namespace, missing)
-
-    def _built(self, codec: Codec, plan: Plan) -> Pipeline | None:
-        assert plan.pipeline is not None
         try:
-            pipeline = build_pipeline(plan.pipeline, self.artefacts)
-            codec.check(pipeline)
+            pipeline = await self._pipelines.of(codec.namespace, plan)
+            usable = plan.pipeline is None or self._is_usable(codec, plan.pipeline, pipeline)
         except PipelineError as exc:
-            log.warning("profile %s cannot be used with LMCache, which tells no positions: %s", plan.arm, exc)
-            return None
-        return pipeline
+            log.warning("profile %s cannot be used: %s", plan.arm, exc)
+            usable = False
+        # What was encoded otherwise than planned says nothing of the plan.
+        return (pipeline, plan) if usable else (None, _STATIC)
+
+    def loaded(self, key: ChunkKey, size_bytes: int, took_s: float, arrived_s: float, decoding_s: float) -> None:
+        """Report a load, which began with this chunk."""
+        self._tell(self.of(key), Outcome(took_s, size_bytes, arrived_s, None, decoding_s))
+
+    def stored(self, plan: Plan, size_bytes: int, encoding_s: float, sending_s: float) -> None:
+        """Report a store."""
+        self._tell(plan, Outcome(encoding_s + sending_s, size_bytes, sending_s, None, encoding_s))
+
+    def _tell(self, plan: Plan, outcome: Outcome) -> None:
+        """Report behind what LMCache waits for."""
+        task = asyncio.create_task(self._service.observe(plan, outcome))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    def _is_usable(self, codec: Codec, stages: Sequence[StageSpec], pipeline: Pipeline) -> bool:
+        """Whether a profile's pipeline encodes such chunks; found out once."""
+        known = (codec.namespace, profile_id(stages))
+        if known not in self._usable:
+            try:
+                codec.check(pipeline)
+                usable = True
+            except PipelineError as exc:
+                log.warning("a profile cannot be used with LMCache, which tells no positions: %s", exc)
+                usable = False
+            renewed(self._usable, known, _PIPELINES_MAX, lambda: usable)
+        return self._usable[known]
 
     def _context(self, codec: Codec, chunks: int) -> Context:
         options = self._options

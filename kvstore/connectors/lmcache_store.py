@@ -276,7 +276,7 @@ class ChunkStore:
         self._guard.observe_fetch(moved_bytes, took_s)
         if self._plans is not None and chunks and all(one.size_bytes for one in loaded):
             arrived_s = max(one.arrived_s for one in loaded) - started_s
-            await self._plans.loaded(chunks[0].key, moved_bytes, took_s, arrived_s, decoding.total_s)
+            self._plans.loaded(chunks[0].key, moved_bytes, took_s, arrived_s, decoding.total_s)
         return [one.size_bytes for one in loaded]
 
     async def _load_batch(self, chunks: Sequence[Chunk], deadline: float, decoding: Stopwatch) -> list[_Loaded]:
@@ -346,7 +346,7 @@ class ChunkStore:
         answers = await self._calls.ask(lambda: self._backend.put(frames, ack=Ack.MEMORY), deadline)
         if self._plans is not None and not isinstance(answers, Miss):
             size_bytes = sum(frame.size_bytes for _, frame in frames)
-            await self._plans.stored(plan, size_bytes, encoded_s - began_s, _now() - encoded_s)
+            self._plans.stored(plan, size_bytes, encoded_s - began_s, _now() - encoded_s)
         outcomes = [Outcome.FAILED] * len(chunks)
         if not isinstance(answers, Miss):
             for number, (_, frame), stored in zip(encoded, frames, answers, strict=True):

@@ -7,19 +7,18 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitTimeoutError
 
 from kvstore.backend import Backend, Stored
-from kvstore.codecs import Pipeline, build_pipeline, named_pipeline
+from kvstore.codecs import Pipeline
 from kvstore.connectors.background import Background
 from kvstore.connectors.vllm_options import Options
 from kvstore.errors import KVStoreError
 from kvstore.frame import Frame
-from kvstore.header import profile_id
 from kvstore.keys import ChunkKey, namespace_of
 from kvstore.layout import Layout
+from kvstore.pipelines import Pipelines
 from kvstore.plan import READS_BEHIND, Action, Context, Outcome, Plan
 from kvstore.service import Service
 
 _PAUSE_S = 10.0
-_PIPELINES_MAX = 64
 
 Asked = Future[tuple[Pipeline, Plan]]
 """How to encode chunks, once the server has said so."""
@@ -48,7 +47,7 @@ class Codec:
         self._background = background
         self._service = service
         self._awaited = awaited
-        self._known: dict[bytes, Pipeline] = {}
+        self._pipelines = None if service is None else Pipelines(service, self.configured, self.artefacts)
         self._paused_until_s = 0.0
 
     async def learn(self, digests: Sequence[str]) -> None:
@@ -57,14 +56,12 @@ class Codec:
         Raises:
             KVStoreError: They cannot be had.
         """
-        missing = [digest for digest in digests if digest not in self.artefacts]
-        if missing and self._service is not None:
-            found = await self._service.artefacts(self._namespace, missing)
-            self.artefacts.update({digest: found[digest] for digest in missing})
+        if self._pipelines is not None:
+            await self._pipelines.learn(self._namespace, digests)
 
     def ask(self, chunks: int) -> Asked | None:
         """Begin to ask how to encode chunks; None where that is not planned."""
-        if self._service is None or time.monotonic() < self._paused_until_s:
+        if self._service is None or self._pipelines is None or time.monotonic() < self._paused_until_s:
             return None
         context = Context(
             self._layout.chunk_bytes,
@@ -73,7 +70,7 @@ class Codec:
             self._options.budget_nats,
             reads=None if self._awaited else READS_BEHIND,
         )
-        return self._background.submit(self._ask(self._service, chunks, context))
+        return self._background.submit(self._ask(self._service, self._pipelines, chunks, context))
 
     def plan(self, asked: Asked | None) -> tuple[Pipeline, Plan]:
         """How to encode chunks; for a thread that may wait a moment for the answer."""
@@ -98,19 +95,12 @@ class Codec:
             sending_s = time.monotonic() - began_s
             size_bytes = sum(frame.size_bytes for _, frame in items)
             outcome = Outcome(encoding_s + sending_s, size_bytes, sending_s, None, encoding_s)
-            await self._service.observe(plan, outcome)
+            # Whoever waits for the put does not wait for this.
+            self._background.submit(self._service.observe(plan, outcome))
         return stored
 
-    async def _ask(self, service: Service, chunks: int, context: Context) -> tuple[Pipeline, Plan]:
+    async def _ask(
+        self, service: Service, pipelines: Pipelines, chunks: int, context: Context
+    ) -> tuple[Pipeline, Plan]:
         plan = await service.plan_put(self._namespace, chunks, context)
-        if plan.action is Action.STATIC:
-            return self.configured, plan
-        if plan.pipeline is None:
-            return (self.configured if self.configured.lossless else named_pipeline("raw")), plan
-        identity = profile_id(plan.pipeline)
-        if identity not in self._known:
-            await self.learn(plan.artefacts)
-            if len(self._known) >= _PIPELINES_MAX:
-                self._known.clear()
-            self._known[identity] = build_pipeline(plan.pipeline, self.artefacts)
-        return self._known[identity], plan
+        return await pipelines.of(self._namespace, plan), plan
