@@ -104,7 +104,7 @@ def _methods(artefacts: Mapping[str, bytes], low_heads: Sequence[int]) -> list[M
     hybrid = {f"{k}/{v}, low {a}/{b}": kvserve(k, v, a, b, low_heads) for k, v, a, b in _KVSERVE_HYBRID}
     return [
         Method("kvserve", plain({f"{k}/{v}": kvserve(k, v) for k, v in _KVSERVE} | hybrid)),
-        Method("cachegen", plain({f"bins {k}/{v}": _cachegen(k, v) for k, v in _BINS})),
+        Method("cachegen", plain({f"bins {k}/{v}": cachegen_bins(k, v) for k, v in _BINS})),
         Method("kivi", plain({f"{bits} bits, groups of {group}": kivi(bits, group) for bits, group in _KIVI})),
         Method("turboquant", plain({f"{bits} bits": turboquant(bits) for bits in range(1, 6)})),
         Method("kvtc", calibrated("kvtc", kvtc, (-270, -240, -210, -180, -150, -120, -90))),
@@ -131,8 +131,8 @@ def make_artefact(name: str, folder: Path, text: Path, prompts: int, prefix_toke
     return calibrate(model, [text], Settings(**{**changed, "prompts": prompts, "prefix_tokens": prefix_tokens}))
 
 
-def _cachegen(k_bins: int, v_bins: int) -> Spec:
-    """CacheGen's quantiser at the bins of one layer class, so that it can be swept."""
+def cachegen_bins(k_bins: int, v_bins: int) -> Spec:
+    """CacheGen's quantiser at given bins with the coder of KVServe's published profiles, so that it can be swept."""
     return (
         {"stage": "absmax", "planes": ["k"], "bins": k_bins},
         {"stage": "absmax", "planes": ["v"], "bins": v_bins},

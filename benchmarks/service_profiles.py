@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kvstore
+from benchmarks.quality_methods import cachegen_bins
 from kvstore.calibration.calibrate import calibrate_all
 from kvstore.calibration.model import Model
 from kvstore.calibration.settings import Settings
@@ -224,7 +225,7 @@ def measure_sets(folder: Path, text: Path, depth: Depth, seed: int, *, few: bool
     digest = artefact_digest(basis)
     count = 1 if few else None
     theirs: dict[str, Spec] = {f"kvserve-{k}-{v}": kvserve(k, v) for k, v in _KVSERVE[:count]}
-    theirs |= {f"cachegen-{k}-{v}": _cachegen(k, v) for k, v in _CACHEGEN[:count]}
+    theirs |= {f"cachegen-{k}-{v}": cachegen_bins(k, v) for k, v in _CACHEGEN[:count]}
     theirs |= {f"kivi-{bits}-{group}": kivi(bits, group) for bits, group in _KIVI[:count]}
     kvserve_set = gauge.found(theirs, {})
     quick: dict[str, Spec] = {f"mean-absmax-{k}-{v}": _centred(k, v) for k, v in _CENTRED[:count]}
@@ -253,7 +254,7 @@ def _klt(artefact: str, step: int) -> Spec:
 
 def _centred(k_bins: int, v_bins: int) -> Spec:
     """CacheGen's quantiser behind the removal of channel means: soon encoded, at less loss."""
-    return ({"stage": "mean"}, *_cachegen(k_bins, v_bins))
+    return ({"stage": "mean"}, *cachegen_bins(k_bins, v_bins))
 
 
 def _unturned(k_levels: int, v_levels: int) -> Spec:
@@ -261,16 +262,6 @@ def _unturned(k_levels: int, v_levels: int) -> Spec:
     first, *rest = kvserve(k_levels, v_levels)
     assert first["stage"] == "hadamard", "this is what it leaves out"
     return ({"stage": "rope"}, {"stage": "mean", "coarse": True}, *rest)
-
-
-def _cachegen(k_bins: int, v_bins: int) -> Spec:
-    """CacheGen's quantiser with KVServe's coder, as in KVServe's published profiles."""
-    return (
-        {"stage": "absmax", "planes": ["k"], "bins": k_bins},
-        {"stage": "absmax", "planes": ["v"], "bins": v_bins},
-        {"stage": "ans", "tables": "layer"},
-        {"stage": "raw"},
-    )
 
 
 def _mean(found: Sequence[Quality]) -> Quality:

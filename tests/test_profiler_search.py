@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from botorch.utils.multi_objective.box_decompositions import DominatedPartitioning
 
 from kvstore.profiler.objectives import Loss, Outcome, Trial
 from kvstore.profiler.pareto import KL_FLOOR, best_cover, front, hypervolume, point
@@ -119,6 +120,19 @@ def test_hypervolume_is_that_of_boxes() -> None:
     assert hypervolume(torch.cat([one, two]), reference) == pytest.approx(24 + 5 - 3)
     assert hypervolume(-one, reference) == 0.0
     assert front(torch.cat([one, two, one / 2])).tolist() == [True, True, False]
+
+
+def test_hypervolume_is_that_of_botorch() -> None:
+    generator = torch.Generator().manual_seed(3)
+    reference = torch.full((3,), -1.0, dtype=torch.float64)
+    for number in range(60):
+        points = torch.randn(int(torch.randint(1, 30, (1,), generator=generator)), 3, generator=generator).double()
+        if number % 3 == 0:
+            # Ties on every axis, and points that are there twice.
+            points = torch.cat([points.round(), points.round()])
+        better = points[(points > reference).all(-1)]
+        expected = DominatedPartitioning(ref_point=reference, Y=better).compute_hypervolume() if len(better) else 0.0
+        assert hypervolume(points, reference) == pytest.approx(float(expected))
 
 
 def test_losses_below_the_floor_are_alike() -> None:

@@ -17,7 +17,7 @@ from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputOb
 from botorch.exceptions import BotorchWarning
 from botorch.models import MixedSingleTaskGP
 from botorch.sampling import SobolQMCNormalSampler
-from botorch.utils.multi_objective.box_decompositions import NondominatedPartitioning
+from botorch.utils.multi_objective.box_decompositions import FastNondominatedPartitioning
 from linear_operator.utils.warnings import NumericalWarning
 
 from kvstore.profiler.objectives import Outcome, Trial
@@ -149,7 +149,7 @@ class Search:
         owners = torch.tensor([number for number, (_, own) in enumerate(candidates) for _ in own])
         mean, deviation = predict(model, rows)
         points = torch.cat(list(self._points.values()))
-        boxes = NondominatedPartitioning(self._reference, points).get_hypercell_bounds()
+        boxes = FastNondominatedPartitioning(self._reference, points).get_hypercell_bounds()
         gains = torch.zeros(len(rows), dtype=torch.float64)
         for draw in _DRAWN:
             found = self._expected(rows, mean + draw * deviation)
