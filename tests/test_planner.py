@@ -219,6 +219,25 @@ def test_what_is_put_is_encoded_for_the_links_of_those_who_fetch() -> None:
     assert puts(other) == EXACT
 
 
+def test_whoever_fetches_puts_for_its_own_link() -> None:
+    plans = planner()
+    reports(plans, WHO, 50e9)
+    for number in range(3):
+        reports(plans, Who("", f"10.0.0.{number}/slow"), 12.5e6)
+    assert puts(plans) == EXACT
+    assert plans.plan_put(Who("", "10.0.0.9/new"), Losses(SET), 4, CONTEXT)[0].choice.arm.name == "fine"
+
+
+def test_a_first_fetch_meets_the_link_as_it_is_and_later_ones_as_it_was() -> None:
+    plans = planner()
+    reports(plans, WHO, 50e9)
+    for _ in range(12):
+        # As if it had been slow before, half of the time.
+        plans._clients[WHO.tenant][WHO.link].link.past.append(12.5e6)
+    assert puts(plans) == EXACT
+    assert puts(plans, reads=20.0) == "fine"
+
+
 def test_what_is_fetched_often_may_be_encoded_for_long() -> None:
     slow = profile(
         name="slow",

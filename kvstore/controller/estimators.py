@@ -19,6 +19,8 @@ _BOUND = 2.5
 """Standard deviations within which observations are expected."""
 _LEAP_MAX = math.log(4)
 """One unexpected observation moves a logarithm no farther."""
+_PAUSE_S = 1.0
+"""So long may anything hold up a transfer; what took longer than expected by more than that, the link made slow."""
 _UNKNOWN = 4.0
 """Variance of what nobody has seen yet: a factor of seven either way."""
 _SAME = 0.25
@@ -32,7 +34,7 @@ _DOUBT = 0.06
 _LOG_MAX = 300.0
 """Logarithms go no farther, so that absurd reports stay numbers."""
 _PAST = 24
-"""Transfers of a link that are remembered one by one."""
+"""Requests over a link that are remembered one by one."""
 _PROBE_BYTES = 1 << 16
 """Transfers of fewer bytes tell of the round trip; larger ones tell of the rate."""
 
@@ -50,26 +52,29 @@ class Level:
     variance: float = _UNKNOWN
     seen: int = 0
 
-    def observe(self, found: float, noise: float = _NOISE) -> None:
+    def observe(self, found: float, noise: float = _NOISE, *, sure: bool = False) -> None:
         """Learn from an observation.
 
         Args:
             found: What was seen; above zero and finite, else it tells nothing.
             noise: Variance of its logarithm.
+            sure: Whether it is no outlier, however surprising.
         """
         if not 0 < found < math.inf:
             return
         self.variance = min(self.variance + _WANDER, _UNKNOWN)
         surprise = math.log(found) - math.log(self.value)
         self.seen += 1
-        if abs(surprise) > _BOUND * math.sqrt(self.variance + noise):
-            # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
-            moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
-            self.variance = max(self.variance, min(surprise**2 / 4, _UNKNOWN))
-        else:
+        if abs(surprise) <= _BOUND * math.sqrt(self.variance + noise):
             gain = self.variance / (self.variance + noise)
             moved = gain * surprise
             self.variance *= 1 - gain
+        elif sure:
+            moved, self.variance = surprise, noise
+        else:
+            # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
+            moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
+            self.variance = max(self.variance, min(surprise**2 / 4, _UNKNOWN))
         self.value = math.exp(min(max(math.log(self.value) + moved, -_LOG_MAX), _LOG_MAX))
 
     def age(self) -> None:
@@ -100,7 +105,7 @@ class LinkState:
     Args:
         rate: Bytes a second.
         rtt: Seconds from a request to the first byte of its answer.
-        past: The rates of the last transfers, as they were seen; what is kept for long meets them again.
+        past: The rates that the last requests met; what is kept for long meets them again.
     """
 
     rate: Level = field(default_factory=lambda: Level(125e6))
@@ -127,9 +132,16 @@ class LinkState:
             waited_s = min(self.rtt.value, took_s) if first_byte_s is None else first_byte_s
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
-            # What is left of the round trip's error weighs less, the longer the transfer is.
+            late_s = busy_s - size_bytes / self.rate.value
             self.past.append(size_bytes / busy_s)
-            self.rate.observe(size_bytes / busy_s, _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2)
+            # What is left of the round trip's error weighs less, the longer the transfer is.
+            noise = _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2
+            self.rate.observe(size_bytes / busy_s, noise, sure=late_s > _PAUSE_S)
+
+    def shun(self) -> None:
+        """A request found it too slow to use; that says nothing new, but is what such requests meet."""
+        self.past.append(self.rate.value)
+        self.rate.age()
 
     def report(self) -> dict[str, Any]:
         """As JSON."""

@@ -53,12 +53,14 @@ class Later:
         client: Who will fetch it.
         chunks: Into how many it is cut.
         ends_s: Time to compute it; infinite where nobody knows.
+        reads: How often it will be fetched.
     """
 
-    def __init__(self, client: Client, chunks: int, ends_s: float) -> None:
+    def __init__(self, client: Client, chunks: int, ends_s: float, reads: float) -> None:
         self._decode = client.decode
         self._chunks = chunks
         self._ends_s = ends_s
+        self._reads = reads
         self._rtt_s = client.link.rtt.value
         self._now_bytes_per_s = client.link.rate.value
         past = sorted(client.link.past)
@@ -66,13 +68,15 @@ class Later:
         self._past_bytes_per_s = [past[len(past) * (2 * n + 1) // 10] for n in range(5)] if past else []
 
     def fetch_s(self, way: Fetching) -> float:
-        """Expected time of one fetch, where it is not computed sooner: as the link is now, and as it was before."""
+        """Expected time of all fetches: the first one over the link as it is now, later ones as requests met it before.
+
+        None takes longer than computing.
+        """
         decode_s = way.decode_s * self._decode.factor(way.name)
         now_s = self._over_s(way, decode_s, self._now_bytes_per_s)
-        if not self._past_bytes_per_s:
-            return now_s
         past_s = [self._over_s(way, decode_s, bytes_per_s) for bytes_per_s in self._past_bytes_per_s]
-        return (now_s + sum(past_s) / len(past_s)) / 2
+        later_s = sum(past_s) / len(past_s) if past_s else now_s
+        return min(1.0, self._reads) * now_s + max(0.0, self._reads - 1) * later_s
 
     def _over_s(self, way: Fetching, decode_s: float, bytes_per_s: float) -> float:
         fetch_s = self._rtt_s + overlapped_s((way.coded_bytes / bytes_per_s, decode_s), self._chunks)

@@ -129,20 +129,19 @@ class Planner:
         """How to encode chunks that are about to be put.
 
         Every profile of the set whose finest level is within the budget is an arm, and so is not to encode at all. An
-        arm costs what the put takes, and what the fetches of it would take after that: half of them over the link as
-        it is now, half as it was in the last transfers. Whoever can compute sooner than that fetches nothing.
+        arm costs what the put takes, and what the fetches of it would take after that: the first one over the
+        link as it is now, later ones as the last requests met it. Whoever can compute sooner than that fetches nothing.
 
         Returns:
             The decision, and the profile; None for no compression.
         """
         client, reader = self._client(who), self._reader(who)
         link, raw_bytes = link_of(client), float(chunks * context.chunk_bytes)
-        later = Later(reader, chunks, ends_s(context))
-        reads = _READS if context.reads is None else context.reads
+        later = Later(reader, chunks, ends_s(context), _READS if context.reads is None else context.reads)
         budget_nats = self._budget_nats(context)
         exact = Fetching(EXACT, None, 0.0, round(raw_bytes), 0.0, 0.0, 0.0)
         terms = put_terms(Volume(raw_bytes, raw_bytes, chunks), link, Rates())
-        arms = [Arm(EXACT, 0.0, terms, reads * later.fetch_s(exact))]
+        arms = [Arm(EXACT, 0.0, terms, later.fetch_s(exact))]
         profiles = {profile.name: profile for profile in losses.found.profiles}
         for profile in profiles.values():
             lost = losses.of(profile, context.workload, chunks * context.chunk_tokens)
@@ -155,7 +154,7 @@ class Planner:
             rates = Rates(encode_s_per_gb=profile.encode_s_per_gb * client.encode.factor(profile.name))
             coded_bytes = raw_bytes / profile.levels[-1].ratio
             terms = put_terms(Volume(raw_bytes, coded_bytes, chunks), link, rates)
-            arms.append(Arm(profile.name, finest_nats, terms, reads * later.fetch_s(way)))
+            arms.append(Arm(profile.name, finest_nats, terms, later.fetch_s(way)))
         situation = self._situation(who, PUT, raw_bytes)
 
         def note(arm: str) -> Note:
@@ -187,7 +186,7 @@ class Planner:
         client, note = self._client(Who(tenant, decided.situation.link)), decided.note
         if decided.arm == RECOMPUTE:
             client.prefill.observe(note.tokens, outcome.took_s)
-            client.link.rate.age()
+            client.link.shun()
             return decided
         if outcome.wire_s:
             wire_s = min(outcome.wire_s, outcome.took_s)
@@ -270,10 +269,16 @@ class Planner:
         return renewed(self.tiers, name, _TIERS_MAX, made)
 
     def _reader(self, who: Who) -> Client:
-        """Who is expected to fetch what somebody puts: of the tenant's clients that fetch, the one in the middle."""
+        """Who is expected to fetch what somebody puts.
+
+        Whoever fetches comes back to what it has put; of others the tenant's client in the middle of those that fetch.
+        """
+        own = self._client(who)
         readers = [one for one in self._clients.get(who.tenant, {}).values() if one.reads]
+        if own.reads or not readers:
+            return own
         readers.sort(key=lambda one: one.link.rate.value)
-        return readers[(len(readers) - 1) // 2] if readers else self._client(who)
+        return readers[(len(readers) - 1) // 2]
 
     def _client(self, who: Who) -> Client:
         clients = renewed(self._clients, who.tenant, _TENANTS_MAX, dict)
