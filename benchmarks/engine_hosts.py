@@ -31,7 +31,14 @@ def has_lmcache(python: Path) -> bool:
 
 @contextmanager
 def engine(
-    link: Link, python: Path, model: Path, name: str, transfer: Mapping[str, Any] | None, *, beside_store: bool = False
+    link: Link,
+    python: Path,
+    model: Path,
+    name: str,
+    transfer: Mapping[str, Any] | None,
+    *,
+    beside_store: bool = False,
+    **settings: Any,
 ) -> Iterator[VllmEngine]:
     """An engine on its side of the link, or on the store's.
 
@@ -42,6 +49,7 @@ def engine(
         name: For its log.
         transfer: Arguments of `KVTransferConfig`; None runs without a connector.
         beside_store: On which side it runs.
+        settings: Further arguments of `vllm.LLM`.
     """
     with TemporaryDirectory(prefix="kvstore-engines-") as folder:
         log = Path(folder, f"{name}.log")
@@ -49,7 +57,7 @@ def engine(
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         address, side = (STORE_ADDRESS, link.store_side) if beside_store else (ENGINE_ADDRESS, link.engine_side)
         variables = {"VLLM_HOST_IP": address, "VLLM_CPU_OMP_THREADS_BIND": cores}
-        started = VllmEngine(python, model, log, transfer, before=side, variables=variables)
+        started = VllmEngine(python, model, log, transfer, before=side, variables=variables, **settings)
         try:
             yield started
         finally:

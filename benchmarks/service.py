@@ -146,7 +146,9 @@ class Bench:
             hosts = Hosts(link, self._python, self._model, self._sets, folder, self._arms)
             stack.enter_context(hosts.started())
             self._advance = stack.enter_context(_progress(self._run))
-            self.versions = hosts.readers[ADAPTIVE.server].versions()
+            reader = hosts.readers[ADAPTIVE.server]
+            with hosts.awake(reader):
+                self.versions = reader.versions()
             before = hosts.counts()
             self._teach(hosts)
             for gbit_per_s in self._run.links_gbit_per_s:

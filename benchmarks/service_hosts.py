@@ -15,6 +15,8 @@ from kvstore.codecs.artefact import artefact_digest
 from kvstore.profile import ARTEFACTS, SET_FILE, ProfileSet, profiles_json
 
 _STARTED_AT_ONCE = 3
+_BLOCKS = 512
+"""Blocks of an engine's own cache: some prompts. By default each of ten engines would take a gigabyte for it."""
 _WAIT_S = 20.0
 
 
@@ -194,5 +196,6 @@ class Hosts:
 
     def _start(self, stack: ExitStack, held: dict[str, VllmEngine], name: str, transfer: Mapping[str, Any]) -> None:
         beside = held is not self.readers
-        started = engine(self._link, self._python, self._model, "engine", transfer, beside_store=beside)
+        where = (self._link, self._python, self._model, "engine")
+        started = engine(*where, transfer, beside_store=beside, num_gpu_blocks_override=_BLOCKS)
         held[name] = stack.enter_context(started)
