@@ -53,6 +53,7 @@ class Run:
         documents: Stored prefixes of each length, at every rate.
         rounds: Rounds at a rate; in each every arm is asked once in either setting.
         warm_rounds: Rounds before them that are not counted: connections and estimates adapt to the rate.
+        learning_rounds: As many before those, for the arms alone that plan: the link was another one for long.
         depth: How much is measured of the profiles.
         arms: Names of the arms.
     """
@@ -64,13 +65,14 @@ class Run:
     documents: int = 2
     rounds: int = 30
     warm_rounds: int = 4
+    learning_rounds: int = 16
     depth: Depth = DEPTH
     arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
 
     @property
     def steps(self) -> int:
-        """Rounds of all rates, warm ones too, in both settings."""
-        return 2 * len(self.links_gbit_per_s) * (self.warm_rounds + self.rounds)
+        """Rounds of all rates, those too that are not counted, in both settings."""
+        return len(self.links_gbit_per_s) * (self.learning_rounds + 2 * (self.warm_rounds + self.rounds))
 
 
 QUICK = Run(
@@ -80,6 +82,7 @@ QUICK = Run(
     documents=1,
     rounds=2,
     warm_rounds=1,
+    learning_rounds=1,
     depth=Depth((256,), 1, 2),
     arms=("uncompressed", KVSERVE.name, ADAPTIVE.name),
 )
@@ -170,16 +173,19 @@ class Bench:
     def _at(self, gbit_per_s: float, link: Link, hosts: Hosts) -> None:
         """Everything at one rate: first the prompts that adapt to it, then the stored prefixes, then all in turns."""
         run = self._run
+        planned = tuple(arm for arm in self._arms if arm.planned)
+        for number in range(run.learning_rounds):
+            self._round(APART, number, gbit_per_s, link, hosts, None, planned, count=False)
         for number in range(run.warm_rounds):
-            self._round(APART, number, gbit_per_s, link, hosts, None, count=False)
+            self._round(APART, number, gbit_per_s, link, hosts, None, self._arms, count=False)
         prompts = self._prefixes()
         for arm in self._arms:
             self._store(arm, hosts, prompts, f"{arm.name} at {gbit_per_s:g}")
         for number in range(run.warm_rounds):
-            self._round(REMOTE, number, gbit_per_s, link, hosts, prompts, count=False)
+            self._round(REMOTE, number, gbit_per_s, link, hosts, prompts, self._arms, count=False)
         for number in range(run.rounds):
             for setting in (REMOTE, APART):
-                self._round(setting, number, gbit_per_s, link, hosts, prompts, count=True)
+                self._round(setting, number, gbit_per_s, link, hosts, prompts, self._arms, count=True)
 
     def _round(
         self,
@@ -189,10 +195,11 @@ class Bench:
         link: Link,
         hosts: Hosts,
         prompts: Prompts | None,
+        arms: Sequence[Arm],
         *,
         count: bool,
     ) -> None:
-        """Ask every arm for one prompt, in an order drawn anew."""
+        """Ask arms for one prompt, in an order drawn anew."""
         run = self._run
         tokens = run.prefixes_tokens[number % len(run.prefixes_tokens)]
         prefix = self._take(tokens)
@@ -200,7 +207,7 @@ class Bench:
             held = prompts[tokens]
             prefix = list(held[number // len(run.prefixes_tokens) % len(held)])
         prompt = [*prefix, *self._take(run.question_tokens)]
-        arms = [*self._arms, RECOMPUTE] if setting == REMOTE else list(self._arms)
+        arms = [*arms, RECOMPUTE] if setting == REMOTE else arms
         for arm in self._rng.sample(arms, len(arms)):
             if setting == REMOTE:
                 found = self._read(arm, prompt, f"{arm.name} at {gbit_per_s:g}", link, hosts)

@@ -58,7 +58,7 @@ def test_what_is_no_pause_is_believed_at_once() -> None:
     fast.observe(1e8, 0.05)
     assert paused.rate.value > 4e7
     assert slow.rate.value == pytest.approx(2e7, rel=0.1)
-    assert slow.rate.hoped == slow.rate.value
+    assert slow.rate.value < slow.rate.hoped < 4e7
     assert fast.rate.value < 1e9
 
 

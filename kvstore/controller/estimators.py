@@ -24,7 +24,7 @@ _PAUSE_S = 1.0
 _UNKNOWN = 4.0
 """Variance of what nobody has seen yet: a factor of seven either way."""
 _SAME = 0.25
-"""Variance of what is expected to be as it was measured elsewhere: a factor of 1.6 either way."""
+"""Variance of what is expected to be as it was elsewhere, or as one transfer says: a factor of 1.6 either way."""
 _DECODE_NOISE = 0.1
 """Variance of what one arm's decoding says of all arms': each has something of its own."""
 _OWN_WEIGHT, _OWN_REST, _FADING = 0.2, 0.5, 0.995
@@ -70,7 +70,8 @@ class Level:
             moved = gain * surprise
             self.variance *= 1 - gain
         elif sure:
-            moved, self.variance = surprise, noise
+            # It may be over as suddenly as it came.
+            moved, self.variance = surprise, _SAME
         else:
             # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
             moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
