@@ -159,9 +159,8 @@ class PlannedPrefixes:
         put = await put_prefix(self.client, self.layout, token_ids, planes, pipeline, salt=salt, ack=ack)
         took_s = time.monotonic() - started_s
         if put.stored and not put.held_tokens:
-            # No sooner than it was encoded can it be sent; what is on the wire meanwhile cannot be told apart.
-            wire_s = max(took_s - put.encoding_s, took_s / 4)
-            await self.service.observe(plan, Outcome(took_s, put.size_bytes, wire_s, None, put.encoding_s))
+            outcome = Outcome(took_s, put.size_bytes, put.sending_s, None, put.encoding_s)
+            await self.service.observe(plan, outcome)
         return plan, put
 
 

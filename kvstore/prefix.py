@@ -45,6 +45,7 @@ class Put:
         stored: The answer for every other chunk, in order.
         size_bytes: Bytes of the frames that were sent.
         encoding_s: Seconds in which anything was encoded.
+        sending_s: Seconds in which anything was being put.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Put:
     stored: list[Stored]
     size_bytes: int
     encoding_s: float = 0.0
+    sending_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ async def put_prefix(
     tasks: list[asyncio.Task[list[Stored]]] = []
     size_bytes = 0
     batch: list[tuple[ChunkKey, Frame]] = []
-    encoding = Stopwatch()
+    encoding, sending = Stopwatch(), Stopwatch()
     with encoding:
         encoder = await asyncio.to_thread(_Encoder, layout, planes, pipeline, token_ids, len(keys))
     async with _plain_errors(), asyncio.TaskGroup() as group:
@@ -132,10 +134,11 @@ async def put_prefix(
             if sum(frame.size_bytes for _, frame in batch) >= _BATCH_BYTES or number == len(keys) - 1:
                 # Holding the gate here bounds the frames that are encoded but not yet stored.
                 await gate.acquire()
-                tasks.append(group.create_task(_put_batch(backend, batch, ack, gate)))
+                tasks.append(group.create_task(_put_batch(backend, batch, ack, gate, sending)))
                 batch = []
     stored = [result for task in tasks for result in task.result()]
-    return Put(len(keys) * layout.chunk_tokens, held * layout.chunk_tokens, stored, size_bytes, encoding.total_s)
+    tokens, held_tokens = len(keys) * layout.chunk_tokens, held * layout.chunk_tokens
+    return Put(tokens, held_tokens, stored, size_bytes, encoding.total_s, sending.total_s)
 
 
 async def get_prefix(
@@ -296,10 +299,11 @@ def _batches(held: Sequence[Held], level: int | None) -> Iterator[range]:
 
 
 async def _put_batch(
-    backend: Backend, batch: Sequence[tuple[ChunkKey, Frame]], ack: Ack, gate: asyncio.Semaphore
+    backend: Backend, batch: Sequence[tuple[ChunkKey, Frame]], ack: Ack, gate: asyncio.Semaphore, sending: Stopwatch
 ) -> list[Stored]:
     try:
-        return await backend.put(batch, ack=ack)
+        with sending:
+            return await backend.put(batch, ack=ack)
     finally:
         gate.release()
 

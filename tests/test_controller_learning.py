@@ -58,17 +58,33 @@ def test_what_is_no_pause_is_believed_at_once() -> None:
     fast.observe(1e8, 0.05)
     assert paused.rate.value > 4e7
     assert slow.rate.value == pytest.approx(2e7, rel=0.1)
-    assert slow.rate.value < slow.rate.hoped < 4e7
+    assert slow.rate.hoped == slow.rate.value
+    for _ in range(10):
+        slow.pass_by()
+    assert slow.rate.hoped > 1.5 * slow.rate.value
     assert fast.rate.value < 1e9
 
 
-def test_who_shuns_a_link_meets_it_as_it_was() -> None:
+def test_a_client_that_was_busy_tells_only_how_fast_a_link_is_at_least() -> None:
+    link = LinkState()
+    for _ in range(10):
+        link.observe(1e8, 1.0)
+    for _ in range(10):
+        link.observe(1e8, 20.0, held_up=True)
+    assert link.rate.value == pytest.approx(1e8, rel=0.1)
+    assert list(link.past)[-10:] == pytest.approx([1e8] * 10, rel=0.1)
+    for _ in range(10):
+        link.observe(1e8, 0.2, held_up=True)
+    assert link.rate.value == pytest.approx(5e8, rel=0.1)
+
+
+def test_who_computes_because_of_a_link_meets_it_as_it_was() -> None:
     link = LinkState()
     for _ in range(10):
         link.observe(1e8, 1.0)
     before = link.rate.variance
     for _ in range(5):
-        link.shun()
+        link.pass_by()
     assert list(link.past)[-5:] == pytest.approx([1e8] * 5, rel=0.1)
     assert link.rate.variance > before
 

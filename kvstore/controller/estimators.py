@@ -20,11 +20,11 @@ _BOUND = 2.5
 _LEAP_MAX = math.log(4)
 """One unexpected observation moves a logarithm no farther."""
 _PAUSE_S = 1.0
-"""So long may anything hold up a transfer; what took longer than expected by more than that, the link made slow."""
+"""What holds up a client or a server ends sooner; what took longer than expected by more, the link made slow."""
 _UNKNOWN = 4.0
 """Variance of what nobody has seen yet: a factor of seven either way."""
 _SAME = 0.25
-"""Variance of what is expected to be as it was elsewhere, or as one transfer says: a factor of 1.6 either way."""
+"""Variance of what is expected to be as it was measured elsewhere: a factor of 1.6 either way."""
 _DECODE_NOISE = 0.1
 """Variance of what one arm's decoding says of all arms': each has something of its own."""
 _OWN_WEIGHT, _OWN_REST, _FADING = 0.2, 0.5, 0.995
@@ -70,8 +70,7 @@ class Level:
             moved = gain * surprise
             self.variance *= 1 - gain
         elif sure:
-            # It may be over as suddenly as it came.
-            moved, self.variance = surprise, _SAME
+            moved, self.variance = surprise, _WANDER + noise
         else:
             # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
             moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
@@ -107,19 +106,24 @@ class LinkState:
         rate: Bytes a second.
         rtt: Seconds from a request to the first byte of its answer.
         past: The rates that the last requests met; what is kept for long meets them again.
+        pause_s: So long may anything hold up a transfer that has nothing to do with the link.
     """
 
     rate: Level = field(default_factory=lambda: Level(125e6))
     rtt: Level = field(default_factory=lambda: Level(0.002))
     past: deque[float] = field(default_factory=lambda: deque(maxlen=_PAST))
+    pause_s: float = _PAUSE_S
 
-    def observe(self, size_bytes: float, took_s: float, *, first_byte_s: float | None = None) -> None:
+    def observe(
+        self, size_bytes: float, took_s: float, *, first_byte_s: float | None = None, held_up: bool = False
+    ) -> None:
         """Learn from a transfer.
 
         Args:
             size_bytes: Bytes that came.
             took_s: From the request to the last byte.
             first_byte_s: From the request to the first one, where that is known.
+            held_up: Whether the client was busy with something else meanwhile: the link may be faster than that.
         """
         if not (0 < took_s < math.inf) or size_bytes < 0:
             return
@@ -134,13 +138,16 @@ class LinkState:
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
             late_s = busy_s - size_bytes / self.rate.value
+            if held_up and late_s > 0:
+                self.pass_by()
+                return
             self.past.append(size_bytes / busy_s)
             # What is left of the round trip's error weighs less, the longer the transfer is.
             noise = _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2
-            self.rate.observe(size_bytes / busy_s, noise, sure=late_s > _PAUSE_S)
+            self.rate.observe(size_bytes / busy_s, noise, sure=late_s > self.pause_s)
 
-    def shun(self) -> None:
-        """A request found it too slow to use; that says nothing new, but is what such requests meet."""
+    def pass_by(self) -> None:
+        """A request that tells nothing new of the link met it as it is."""
         self.past.append(self.rate.value)
         self.rate.age()
 

@@ -21,7 +21,7 @@ class Client:
     encode: DecodeSpeed = field(default_factory=DecodeSpeed)
     prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
     reads: bool = False
-    """Whether it has fetched anything."""
+    """Whether it has asked for anything."""
 
 
 class Fetching(NamedTuple):

@@ -105,6 +105,7 @@ class Planner:
             The decision, and the level to fetch up to, where that is what it says.
         """
         client = self._client(who)
+        client.reads = True
         runs = [Run(copy, len(list(same))) for copy, same in groupby(map(_COPY, held))]
         tokens = len(held) * context.chunk_tokens
         ways = list(self._ways(losses, runs, context, tokens))
@@ -186,12 +187,14 @@ class Planner:
         client, note = self._client(Who(tenant, decided.situation.link)), decided.note
         if decided.arm == RECOMPUTE:
             client.prefill.observe(note.tokens, outcome.took_s)
-            client.link.shun()
+            client.link.pass_by()
             return decided
         if outcome.wire_s:
             wire_s = min(outcome.wire_s, outcome.took_s)
-            client.link.observe(outcome.size_bytes, wire_s, first_byte_s=outcome.first_byte_s)
-        client.reads = client.reads or decided.situation.tier != PUT
+            # Receiving and decoding share the client's cores.
+            shared_s = wire_s + (outcome.codec_s or 0.0) - outcome.took_s
+            held_up = shared_s > wire_s / 2
+            client.link.observe(outcome.size_bytes, wire_s, first_byte_s=outcome.first_byte_s, held_up=held_up)
         codec = client.encode if decided.situation.tier == PUT else client.decode
         if outcome.codec_s and note.codec_s:
             codec.observe(decided.arm, note.codec_s, outcome.codec_s)
@@ -264,7 +267,9 @@ class Planner:
 
     def _tier(self, name: str) -> LinkState:
         def made() -> LinkState:
-            return LinkState(Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3)))
+            rate, rtt = Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3))
+            # Stores make callers wait and try again, for seconds.
+            return LinkState(rate, rtt, pause_s=math.inf)
 
         return renewed(self.tiers, name, _TIERS_MAX, made)
 
