@@ -267,6 +267,34 @@ def test_links_that_turn_out_slow_make_computing_the_better_arm() -> None:
     assert decision.choice.arm.name == "fine/1"
 
 
+def test_who_only_computes_tries_a_fetch_now_and_then() -> None:
+    plans, chunks = planner(), [held(SET.profiles[0])] * 4
+
+    def told(rate: float, prefill_s: float = 1.0) -> bool:
+        """Whether it is told to compute, over a link of a rate."""
+        decision, _ = plans.plan_get(WHO, Losses(SET), chunks, CONTEXT._replace(prefill_s=prefill_s), 4)
+        arm = decision.choice.arm
+        plans.controller.clock.now_s += 100.0  # type: ignore[attr-defined]
+        wire_s = arm.terms.stage_s("wire") * plans._clients[""][WHO.link].link.rate.value / rate
+        computes = arm.name == RECOMPUTE
+        took_s = prefill_s if computes else 0.01 + wire_s
+        sent = Outcome(took_s) if computes else Outcome(took_s, round(wire_s * rate), wire_s, 0.001, 0.001)
+        assert isinstance(plans.observe("", decision.id, sent), Pending)
+        return computes
+
+    while not told(10e6):
+        pass
+    slow = "".join("c" if told(10e6) else "f" for _ in range(60))
+    # Ever less often, as long as it tells nothing new.
+    tried = [number for number, what in enumerate(slow) if what == "f"]
+    assert tried[0] < 4
+    assert tried[-1] - tried[-2] > 2 * (tried[1] - tried[0])
+    later = [told(1e9) for _ in range(80)]
+    assert not any(later[-10:])
+    # Not where it would take for ever, nor where there is a deadline.
+    assert all(told(1e9, prefill_s=1e-4) for _ in range(20))
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_a_lying_client_moves_nobody_elses_choice(factor: float) -> None:
     honest, lying = planner(), planner()

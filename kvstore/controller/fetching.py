@@ -11,6 +11,11 @@ from kvstore.controller.policy import Arm
 from kvstore.plan import Context
 from kvstore.profile import Profile
 
+_PATIENCE_MIN, _PATIENCE_MAX = 2, 64
+"""After how many recomputes in a row a fetch is tried: at first, and where that told nothing new."""
+_TRY_MAX = 2.0
+"""A fetch is tried where it is expected to take at most so many times as long as computing."""
+
 
 @dataclass
 class Client:
@@ -22,6 +27,28 @@ class Client:
     prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
     reads: bool = False
     """Whether it has asked for anything."""
+    computed: int = 0
+    """How often in a row it was told to compute."""
+    patience: int = _PATIENCE_MIN
+    """How often that may be before it is told to fetch, to see."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is to fetch, to see: who only computes never finds out that fetching has become faster."""
+        return self.computed >= self.patience
+
+    def fetched_well(self) -> None:
+        """A fetch was faster than computing would have been: if it was only tried, it is worth trying again soon."""
+        self.patience = _PATIENCE_MIN
+
+    def told(self, *, compute: bool) -> None:
+        """It was told what to do."""
+        if compute:
+            self.computed += 1
+            return
+        if self.due:
+            self.patience = min(2 * self.patience, _PATIENCE_MAX)
+        self.computed = 0
 
 
 class Fetching(NamedTuple):
@@ -108,6 +135,22 @@ def terms_of(way: Fetching, raw_bytes: float, chunks: int, link: Link, decode: D
         decode_s_per_gb=way.decode_s * decode.factor(way.name) / (raw_bytes / GB),
     )
     return fetch_terms(Volume(raw_bytes, way.coded_bytes, chunks), link, rates)
+
+
+def tries(arms: Sequence[Arm], budget_nats: float, compute_s: float, hope: float) -> list[Arm]:
+    """Those of some fetches that may be tried though computing is expected to be faster.
+
+    Args:
+        arms: The fetches.
+        budget_nats: Largest quality loss.
+        compute_s: Expected time of computing.
+        hope: How much slower the wire may be than expected, below 1, where little is known of it.
+    """
+    return [
+        arm
+        for arm in arms
+        if arm.loss_nats <= budget_nats and arm.terms.slower("wire", hope).total_s <= _TRY_MAX * compute_s
+    ]
 
 
 def useful(arms: Sequence[Arm], budget_nats: float, *, hurried: bool) -> list[Arm]:

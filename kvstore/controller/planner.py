@@ -16,7 +16,7 @@ from kvstore.backend import Copy, Held
 from kvstore.controller.controller import Controller, Decision, Ignored, Pending, Situation
 from kvstore.controller.estimators import Level, LinkState, octave
 from kvstore.controller.estimators import Load as LoadState
-from kvstore.controller.fetching import Client, Fetching, Later, ends_s, link_of, measured, terms_of, useful
+from kvstore.controller.fetching import Client, Fetching, Later, ends_s, link_of, measured, terms_of, tries, useful
 from kvstore.controller.latency import GB, Rates, Volume, compute_terms, put_terms
 from kvstore.controller.losses import Losses
 from kvstore.controller.policy import EXACT, RECOMPUTE, Arm, Wish
@@ -67,10 +67,12 @@ class Note(NamedTuple):
     Args:
         codec_s: Seconds of decoding, as they were measured.
         tokens: Tokens that are fetched or computed.
+        compute_s: Expected time of computing instead.
     """
 
     codec_s: float
     tokens: int
+    compute_s: float = 0.0
 
 
 @dataclass
@@ -114,16 +116,23 @@ class Planner:
         fetches = [
             Arm(way.name, way.loss_nats, terms_of(way, raw_bytes, len(held), link, client.decode)) for way in ways
         ]
-        arms = useful(fetches, self._budget_nats(context), hurried=context.deadline_s is None)
-        arms.append(_compute(client, context, tokens, asked))
+        budget_nats = self._budget_nats(context)
+        fetches = useful(fetches, budget_nats, hurried=context.deadline_s is None)
+        compute = _compute(client, context, tokens, asked)
+        arms = [*fetches, compute]
+        if client.due and context.deadline_s is None:
+            rate = client.link.rate
+            arms = tries(fetches, budget_nats, compute.terms.total_s, rate.value / rate.hoped) or arms
         situation = self._situation(who, runs[0].copy.tier, raw_bytes)
         by_name = {way.name: way for way in ways}
 
         def note(arm: str) -> Note:
-            return Note(by_name[arm].decode_s if arm in by_name else 0.0, tokens)
+            decode_s = by_name[arm].decode_s if arm in by_name else 0.0
+            return Note(decode_s, tokens, compute.terms.total_s)
 
         decision = self._decide(situation, arms, context, client, note)
         way = by_name.get(decision.choice.arm.name)
+        client.told(compute=way is None)
         return decision, None if way is None else way.level
 
     def plan_put(self, who: Who, losses: Losses, chunks: int, context: Context) -> tuple[Decision, Profile | None]:
@@ -189,6 +198,8 @@ class Planner:
             client.prefill.observe(note.tokens, outcome.took_s)
             client.link.pass_by()
             return decided
+        if outcome.took_s < note.compute_s:
+            client.fetched_well()
         if outcome.wire_s:
             wire_s = min(outcome.wire_s, outcome.took_s)
             # Receiving and decoding share the client's cores.
