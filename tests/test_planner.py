@@ -295,6 +295,29 @@ def test_who_only_computes_tries_a_fetch_now_and_then() -> None:
     assert all(told(1e9, prefill_s=1e-4) for _ in range(20))
 
 
+def test_a_decoder_that_was_slow_once_is_tried_again() -> None:
+    coded = profile(name="coded", levels=[level(ratio=8, decode_s_per_gb=2.0)])
+    plans, found = planner(), Losses(parse_profiles(a_set(profiles=[coded])))
+
+    def told(prefill_s: float | None, codec_s: float) -> str:
+        context = CONTEXT._replace(prefill_s=prefill_s, budget_nats=1.0)
+        decision, _ = plans.plan_get(WHO, found, [held(found.found.profiles[0])] * 4, context, 4)
+        plans.controller.clock.now_s += 200.0  # type: ignore[attr-defined]
+        arm = decision.choice.arm.name
+        computes = arm == RECOMPUTE
+        outcome = Outcome(1.0) if computes else Outcome(0.1 + codec_s, 16 * MB, 0.1, 0.001, codec_s)
+        plans.observe("", decision.id, outcome)
+        return arm
+
+    for _ in range(6):
+        # As if its code were compiled anew each time.
+        assert told(None, 100.0) != RECOMPUTE
+    assert told(1.0, 0.3) == RECOMPUTE
+    later = [told(1.0, 0.3) for _ in range(400)]
+    assert later[:50] == [RECOMPUTE] * 50
+    assert RECOMPUTE not in later[-5:]
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_a_lying_client_moves_nobody_elses_choice(factor: float) -> None:
     honest, lying = planner(), planner()
@@ -311,7 +334,7 @@ def test_a_lying_client_moves_nobody_elses_choice(factor: float) -> None:
     for number in range(1, 5):
         who = Who("", f"10.0.0.{number}/x")
         for prefill_s in (0.05, 0.1, 0.2, 0.4):
-            context = CONTEXT._replace(prefill_s=prefill_s)
+            context = CONTEXT._replace(prefill_s=prefill_s, budget_nats=1.0)
             chosen = [
                 plans.plan_get(who, Losses(SET), chunks, context, 4)[0].choice.arm.name for plans in (honest, lying)
             ]

@@ -185,7 +185,7 @@ class DecodeSpeed:
         self.own[arm] = alone + _OWN_WEIGHT * min(max(rest, -_OWN_REST), _OWN_REST)
 
     def fade(self) -> None:
-        """A transfer without decoding: nobody finds out that a decoder is faster than thought while none is used."""
+        """A request without decoding: nobody finds out that a decoder is faster than thought while none is used."""
         self.common.value **= _FADING
         self.common.age()
 

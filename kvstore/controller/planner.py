@@ -197,6 +197,7 @@ class Planner:
         if decided.arm == RECOMPUTE:
             client.prefill.observe(note.tokens, outcome.took_s)
             client.link.pass_by()
+            client.decode.fade()
             return decided
         if outcome.took_s < note.compute_s:
             client.fetched_well()
