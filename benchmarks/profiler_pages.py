@@ -16,11 +16,12 @@ exp(-KL)`) with one Gaussian process, and looks for the largest ratio within thr
 *random* draws without replacement. *greedy* knows everything, and takes each time the configuration that adds most:
 no searcher can do much better."""
 
-_NEEDED_TEXT = """\
-**Evaluations** are those after which the hypervolume of what was found reaches 99 % of that of the whole grid (median
-over seeds; empty where it was not reached within the budget). **After one in fifty** is the median share after a
-fiftieth of the grid. Hypervolume is of (log ratio, log decode speed, log quality), losses below 0.0001 nats counting as
-that, beyond the grid's worst feasible value on each axis; feasible is a loss of at most 0.3 nats."""
+_SEARCHERS_TEXT = """\
+Shares of the whole grid's hypervolume **after** so many evaluations, and **one in fifty** of the grid's; medians over
+seeds. **Evaluations to 99 %** are empty where that was not reached within the budget; where *greedy* needs more of them
+than an aim allows, hardly any search can meet it. Hypervolume is of (log ratio, log decode speed, log quality), losses
+below 0.0001 nats counting as that, beyond the grid's worst feasible value on each axis;
+feasible is a loss of at most 0.3 nats."""
 
 _GRID_TEXT = """\
 **Levels** are points of the grid, one for each quality level; **on the front** are those that no other one beats."""
@@ -37,10 +38,10 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     figure = new_figure((8, 4.6))
     panel = figure.subplots()
     for name, (colour, line) in _STYLES.items():
-        mine = [row for row in rows if row["table"] == "curve" and row["searcher"] == name]
-        x = [row["evaluations"] for row in mine]
-        panel.plot(x, [1 - row["median"] for row in mine], line, color=colour, label=name, linewidth=1.8)
-        low, high = ([1 - row[side] for row in mine] for side in ("p90", "p10"))
+        mine = next(row for row in rows if row["table"] == "searchers" and row["searcher"] == name)
+        middle, low, high = ([1 - share for share in mine[side]] for side in ("p50", "p90", "p10"))
+        x = range(1, len(middle) + 1)
+        panel.plot(x, middle, line, color=colour, label=name, linewidth=1.8)
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.axhline(0.01, color="#404040", linewidth=0.6)
     finish_panel(
@@ -54,14 +55,16 @@ PROFILER_PAGES: Mapping[str, Page] = {
         "Profiler: hypervolume against model runs",
         _TEXT,
         {
-            "needed": RowTable(
-                "Evaluations to 99 %",
-                _NEEDED_TEXT,
+            "searchers": RowTable(
+                "Searchers",
+                _SEARCHERS_TEXT,
                 (
                     Column("searcher", "searcher"),
-                    Column("evaluations", "evaluations", plain),
-                    Column("budget", "budget"),
+                    Column("after_10", "after 10", plain),
+                    Column("after_20", "after 20", plain),
                     Column("after_1_in_50", "after one in fifty", plain),
+                    Column("evaluations", "evaluations to 99 %", plain),
+                    Column("budget", "budget"),
                     Column("seeds", "seeds"),
                 ),
             ),
