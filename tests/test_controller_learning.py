@@ -46,25 +46,6 @@ def test_one_outlier_moves_little(lie: float) -> None:
     assert level.value == pytest.approx(1e8, rel=0.3)
 
 
-def test_what_is_no_pause_is_believed_at_once() -> None:
-    links = [LinkState() for _ in range(3)]
-    for link in links:
-        for _ in range(20):
-            link.observe(1e8, 0.5)
-    paused, slow, fast = links
-    # As slow by the byte, but for less than a second: something else may have held it up.
-    paused.observe(1e7, 0.5)
-    slow.observe(1e8, 5.0)
-    fast.observe(1e8, 0.05)
-    assert paused.rate.value > 4e7
-    assert slow.rate.value == pytest.approx(2e7, rel=0.1)
-    assert slow.rate.hoped == slow.rate.value
-    for _ in range(10):
-        slow.pass_by()
-    assert slow.rate.hoped > 1.5 * slow.rate.value
-    assert fast.rate.value < 1e9
-
-
 def test_a_client_that_was_busy_tells_only_how_fast_a_link_is_at_least() -> None:
     link = LinkState()
     for _ in range(10):

@@ -19,8 +19,6 @@ _BOUND = 2.5
 """Standard deviations within which observations are expected."""
 _LEAP_MAX = math.log(4)
 """One unexpected observation moves a logarithm no farther."""
-_PAUSE_S = 1.0
-"""What holds up a client or a server ends sooner; what took longer than expected by more, the link made slow."""
 _UNKNOWN = 4.0
 """Variance of what nobody has seen yet: a factor of seven either way."""
 _SAME = 0.25
@@ -52,13 +50,12 @@ class Level:
     variance: float = _UNKNOWN
     seen: int = 0
 
-    def observe(self, found: float, noise: float = _NOISE, *, sure: bool = False) -> None:
+    def observe(self, found: float, noise: float = _NOISE) -> None:
         """Learn from an observation.
 
         Args:
             found: What was seen; above zero and finite, else it tells nothing.
             noise: Variance of its logarithm.
-            sure: Whether it is no outlier, however surprising.
         """
         if not 0 < found < math.inf:
             return
@@ -69,8 +66,6 @@ class Level:
             gain = self.variance / (self.variance + noise)
             moved = gain * surprise
             self.variance *= 1 - gain
-        elif sure:
-            moved, self.variance = surprise, _WANDER + noise
         else:
             # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
             moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
@@ -106,13 +101,11 @@ class LinkState:
         rate: Bytes a second.
         rtt: Seconds from a request to the first byte of its answer.
         past: The rates that the last requests met; what is kept for long meets them again.
-        pause_s: So long may anything hold up a transfer that has nothing to do with the link.
     """
 
     rate: Level = field(default_factory=lambda: Level(125e6))
     rtt: Level = field(default_factory=lambda: Level(0.002))
     past: deque[float] = field(default_factory=lambda: deque(maxlen=_PAST))
-    pause_s: float = _PAUSE_S
 
     def observe(
         self, size_bytes: float, took_s: float, *, first_byte_s: float | None = None, held_up: bool = False
@@ -137,14 +130,13 @@ class LinkState:
             waited_s = min(self.rtt.value, took_s) if first_byte_s is None else first_byte_s
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
-            late_s = busy_s - size_bytes / self.rate.value
-            if held_up and late_s > 0:
+            if held_up and size_bytes / busy_s < self.rate.value:
                 self.pass_by()
                 return
             self.past.append(size_bytes / busy_s)
             # What is left of the round trip's error weighs less, the longer the transfer is.
             noise = _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2
-            self.rate.observe(size_bytes / busy_s, noise, sure=late_s > self.pause_s)
+            self.rate.observe(size_bytes / busy_s, noise)
 
     def pass_by(self) -> None:
         """A request that tells nothing new of the link met it as it is."""

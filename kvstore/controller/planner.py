@@ -279,9 +279,7 @@ class Planner:
 
     def _tier(self, name: str) -> LinkState:
         def made() -> LinkState:
-            rate, rtt = Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3))
-            # Stores make callers wait and try again, for seconds.
-            return LinkState(rate, rtt, pause_s=math.inf)
+            return LinkState(Level(_TIER_BYTES_PER_S.get(name, 1e9)), Level(_TIER_RTT_S.get(name, 1e-3)))
 
         return renewed(self.tiers, name, _TIERS_MAX, made)
 
