@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Row
-from benchmarks.profiler_efficiency import SHARE, _aims, read_grid, reference_of
+from benchmarks.profiler_efficiency import _aims, read_grid, reference_of
 from benchmarks.profiler_grid import grid as grid_of
 from benchmarks.profiler_searchers import Grid, at_random, curve, kvserve, ours
 from kvstore.profiler.pareto import hypervolume, point
@@ -83,18 +83,20 @@ def test_the_grid_has_more_than_two_thousand_configurations() -> None:
 
 
 def test_aims_are_computed_from_the_rows(grid: Grid) -> None:
-    def rows(ours: list[float], needed: int | None) -> list[Row]:
+    def rows(ours: list[float], after_few: float) -> list[Row]:
         medians = {"kvstore": ours, "random": [0.5] * 10, "kvserve": [0.6] * 10}
-        found: list[Row] = [
-            {"table": "curve", "searcher": name, "evaluations": n + 1, "median": value}
+        return [
+            {"table": "searchers", "searcher": name, "p50": values, "after_1_in_50": after_few}
             for name, values in medians.items()
-            for n, value in enumerate(values)
         ]
-        return [*found, {"table": "needed", "searcher": "kvstore", "evaluations": needed}]
 
-    few, lead = _aims(rows([0.7] * 10, 1), grid)
-    assert (few.met, lead.met) == (True, True)
-    assert f"{SHARE:.0%}" in few.aim
+    few, lead = _aims(rows([0.7] * 10, 0.995), grid)
+    assert few.met
+    assert few.value == 0.995
+    assert lead.met
     assert lead.value == pytest.approx(0.1)
-    few, lead = _aims(rows([0.7] * 9 + [0.55], None), grid)
-    assert (few.met, few.value, lead.met) == (False, None, False)
+    # Only from the start points on.
+    assert _aims(rows([0.1] * 7 + [0.7] * 3, 0.995), grid)[1].met
+    few, lead = _aims(rows([0.7] * 9 + [0.55], 0.98), grid)
+    assert not few.met
+    assert not lead.met
