@@ -334,7 +334,7 @@ def test_a_lying_client_moves_nobody_elses_choice(factor: float) -> None:
     for number in range(1, 5):
         who = Who("", f"10.0.0.{number}/x")
         for prefill_s in (0.05, 0.1, 0.2, 0.4):
-            context = CONTEXT._replace(prefill_s=prefill_s, budget_nats=1.0)
+            context = CONTEXT._replace(prefill_s=prefill_s)
             chosen = [
                 plans.plan_get(who, Losses(SET), chunks, context, 4)[0].choice.arm.name for plans in (honest, lying)
             ]
