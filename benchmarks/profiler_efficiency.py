@@ -2,8 +2,8 @@
 
     make bench-profiler_efficiency
 
-The grid is `results/profiler_grid.jsonl`, measured by `benchmarks.profiler_grid`. A seed of ours takes a core for a
-quarter of an hour, so what a seed has found is kept, and a run that was stopped goes on behind it.
+The grid is `results/profiler_grid.jsonl`, measured by `benchmarks.profiler_grid`. A seed of ours takes a core for
+some minutes, so what a seed has found is kept, and a run that was stopped goes on behind it.
 """
 
 import hashlib

@@ -62,14 +62,14 @@ class Level:
         self.variance = min(self.variance + _WANDER, _UNKNOWN)
         surprise = math.log(found) - math.log(self.value)
         self.seen += 1
-        if abs(surprise) <= _BOUND * math.sqrt(self.variance + noise):
-            gain = self.variance / (self.variance + noise)
-            moved = gain * surprise
-            self.variance *= 1 - gain
-        else:
+        if abs(surprise) > _BOUND * math.sqrt(self.variance + noise):
             # A lie, or a change? It counts half, and what is known counts for little until the next one says which.
             moved = math.copysign(min(abs(surprise) / 2, _LEAP_MAX), surprise)
             self.variance = max(self.variance, min(surprise**2 / 4, _UNKNOWN))
+        else:
+            gain = self.variance / (self.variance + noise)
+            moved = gain * surprise
+            self.variance *= 1 - gain
         self.value = math.exp(min(max(math.log(self.value) + moved, -_LOG_MAX), _LOG_MAX))
 
     def age(self) -> None:
@@ -130,13 +130,13 @@ class LinkState:
             waited_s = min(self.rtt.value, took_s) if first_byte_s is None else first_byte_s
             # A round trip that is not well known must not eat the whole transfer.
             busy_s = max(took_s - waited_s, took_s / 4)
-            if held_up and size_bytes / busy_s < self.rate.value:
+            found = size_bytes / busy_s
+            if held_up and found < self.rate.value:
                 self.pass_by()
                 return
-            self.past.append(size_bytes / busy_s)
+            self.past.append(found)
             # What is left of the round trip's error weighs less, the longer the transfer is.
-            noise = _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2
-            self.rate.observe(size_bytes / busy_s, noise)
+            self.rate.observe(found, _NOISE + self.rtt.variance * (waited_s / busy_s) ** 2)
 
     def pass_by(self) -> None:
         """A request that tells nothing new of the link met it as it is."""
